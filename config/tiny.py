@@ -1,0 +1,18 @@
+"""Minutes on a laptop: half a million parameters beside the token table, on the text that Python brings along."""
+dataset = "fineweb,pydoc"
+out_dir = "out/tiny"
+n_layer = 2
+n_head = 2
+n_embd = 128
+token_dim = 64
+cross_every = 2
+block_size = 64
+prompt_size = 32
+batch_size = 32
+batch_tokens = 32 * 64
+max_steps = 1500
+learning_rate = 3e-3
+warmup_steps = 100
+ema_decay = 0.995
+eval_interval = 500
+save_interval = 500

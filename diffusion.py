@@ -1,0 +1,291 @@
+"""
+The mathematics of SunFish: schedules, noise, the reverse step, three samplers, two objectives and the likelihood bound.
+
+Plain functions over tensors that know nothing of the network. Clean vectors x_0 are noised to
+x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); a network guesses x_0 from x_t.
+Schedules are float64 tables of alpha_bar with shape (timesteps + 1,), 1 at index 0 and strictly decreasing. An index t is
+a tensor (B,) with one level for each sequence, or (B, T) with one for each token; a given token stands at t = 0.
+
+A `network` is any callable (x_t (B, T, C), log_snr (B, T), x_prev (B, T, C)) -> output, where x_prev is its previous
+guess of x_0 or zeros (self-conditioning, Chen et al. 2022). A `read` turns its output into (x_0_hat, logits). A `denoise`
+is any callable (x_t, t) -> x_0_hat; the samplers ask for nothing else.
+"""
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+CLEAN, NOISY = -4.2, 6.0        # ends of the fitted schedule in g = -log_snr - 2 log R: every token readable, none
+
+
+# ---- schedules ----
+
+def linear_schedule(timesteps, beta_start=1e-4, beta_end=0.02):
+    """alpha_bar of betas in a straight line (Ho et al. 2020), scaled by 1000 / timesteps to end equally noisy."""
+    betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64) * 1000 / timesteps
+    return from_betas(betas)
+
+
+def cosine_schedule(timesteps):
+    """alpha_bar = cos^2 with an offset of 0.008 (Nichol & Dhariwal 2021, eq. 17)."""
+    return from_function(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, timesteps)
+
+
+def sqrt_schedule(timesteps):
+    """alpha_bar = 1 - sqrt(u + 1e-4), which starts noisy (Diffusion-LM, Li et al. 2022, appendix A)."""
+    return from_function(lambda u: 1 - (u + 1e-4).sqrt(), timesteps)
+
+
+def gumbel_schedule(timesteps, mu, beta, norm):
+    """Equal quantiles of a Gumbel distribution in g = -log_snr - 2 log(norm), cut to [CLEAN, NOISY].
+
+    `norm` is the length R of the clean vectors. With mu and beta fitted by `schedule_loss`, the cross-entropy is linear
+    in t, so that every step of a sampler removes equal information (Dieleman et al. 2022, sec. 4; LangFlow).
+    """
+    mu, beta = (torch.as_tensor(v, dtype=torch.float64) for v in (mu, beta))
+    low, high = (gumbel_cdf(g, mu, beta) for g in (CLEAN, NOISY))
+    u = low + (high - low) * (torch.arange(timesteps, dtype=torch.float64, device=mu.device) + 0.5) / timesteps
+    g = mu - beta * torch.log(-torch.log(u))
+    return torch.cat((torch.ones_like(g[:1]), torch.sigmoid(-g - 2 * math.log(norm))))
+
+
+def gumbel_cdf(g, mu, beta):
+    return torch.exp(-torch.exp(-(g - mu) / beta))
+
+
+def schedule_loss(nll, log_snr, mu, beta, height, norm):
+    """How far nll (N,), in nats a token, lies from height * Gumbel CDF of its noise (N,): (N,), for the three scalars."""
+    g = -log_snr - 2 * math.log(norm)
+    return F.smooth_l1_loss(height * gumbel_cdf(g, mu, beta), nll, reduction="none")
+
+
+def make_schedule(cfg, fitted):
+    """The table that a ModelConfig names; fitted (3,) holds the network's mu, log beta and log height for gumbel."""
+    if cfg.schedule == "gumbel":
+        mu, log_beta, _ = fitted.detach().double()
+        return gumbel_schedule(cfg.timesteps, mu, log_beta.exp(), math.sqrt(cfg.token_dim))
+    if cfg.schedule == "linear":
+        return linear_schedule(cfg.timesteps, cfg.beta_start, cfg.beta_end).to(fitted.device)
+    return {"cosine": cosine_schedule, "sqrt": sqrt_schedule}[cfg.schedule](cfg.timesteps).to(fitted.device)
+
+
+def from_betas(betas):
+    alpha_bar = torch.cumprod(1 - betas.clamp(max=0.999), 0)
+    return torch.cat((torch.ones(1, dtype=torch.float64), alpha_bar))
+
+
+def from_function(f, timesteps):
+    f = f(torch.linspace(0, 1, timesteps + 1, dtype=torch.float64))
+    return from_betas(1 - f[1:] / f[:-1])
+
+
+# ---- noise ----
+
+def like(values, x):
+    """values (), (B,) or (B, T), shaped to multiply x (B, T, C) and in its dtype and on its device."""
+    values = torch.as_tensor(values)
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).to(x.device, x.dtype)
+
+
+def add_noise(x_0, t, alpha_bar, eps):
+    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t is (B,) or (B, T)."""
+    alpha_bar = alpha_bar[t]
+    return like(alpha_bar.sqrt(), x_0) * x_0 + like((1 - alpha_bar).sqrt(), x_0) * eps
+
+
+def log_snr(t, alpha_bar):
+    """log(alpha_bar_t / (1 - alpha_bar_t)) in float32, of the shape of t; infinite at t = 0."""
+    return (torch.log(alpha_bar[t]) - torch.log1p(-alpha_bar[t])).float()
+
+
+def mix(*keys):
+    """A 64-bit hash of integers and strings."""
+    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "little")
+
+
+def generator(device, *keys):
+    """A Generator seeded by a hash of the keys: plain seeds would repeat, in the noise, the weights drawn with them."""
+    return torch.Generator(device).manual_seed(mix(*keys))
+
+
+def randn(x, rng):
+    """Normal noise like x (B, ...); rng is None, a Generator, or a list of B, which frees the noise from the batch size."""
+    if isinstance(rng, (list, tuple)):
+        return torch.stack([torch.randn(x.shape[1:], generator=r, dtype=x.dtype, device=x.device) for r in rng])
+    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
+
+
+# ---- samplers ----
+
+def reverse_step(x_t, x_0_hat, t, s, alpha_bar, eta, noise):
+    """x_s from x_t and the guess of x_0, for s < t (Song et al. 2020, eq. 12 and 16).
+
+    eta = 0 is deterministic; eta = 1 draws from the DDPM posterior q(x_s | x_t, x_0_hat), whatever the stride t - s.
+    """
+    a_t, a_s = alpha_bar[t], alpha_bar[s]
+    sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt()
+    eps_hat = (x_t - like(a_t.sqrt(), x_t) * x_0_hat) / like((1 - a_t).sqrt(), x_t)
+    direction = (1 - a_s - sigma ** 2).clamp(min=0).sqrt()
+    return like(a_s.sqrt(), x_t) * x_0_hat + like(direction, x_t) * eps_hat + like(sigma, x_t) * noise
+
+
+def step_indices(timesteps, steps):
+    """steps + 1 indices evenly spaced from timesteps to 0."""
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps={steps} is not between 1 and timesteps={timesteps}")
+    return torch.linspace(timesteps, 0, steps + 1, dtype=torch.float64).round().long().tolist()
+
+
+def sample_ddpm(denoise, x_T, alpha_bar, steps=None, rng=None):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) over all indices or a subset: x_T (B, T, C) -> x_0 (B, T, C)."""
+    return sample_ddim(denoise, x_T, alpha_bar, steps or len(alpha_bar) - 1, eta=1.0, rng=rng)
+
+
+def sample_ddim(denoise, x_T, alpha_bar, steps=50, eta=0.0, rng=None):
+    """DDIM (Song et al. 2020): x_T (B, T, C) -> x_0 (B, T, C); raises ValueError if steps is not in 1..timesteps."""
+    nothing = torch.zeros(x_T.shape[:2], dtype=torch.bool, device=x_T.device)
+    return sample_constrained_ddim(denoise, x_T, alpha_bar, x_T, nothing, steps, eta, rng)
+
+
+def sample_constrained_ddim(denoise, x_T, alpha_bar, x_known, known, steps=50, eta=0.0, rng=None):
+    """DDIM that holds the positions in known (B, T) at x_known (B, T, C), clean at every step, and fills in the rest."""
+    given = known[..., None]
+    indices = step_indices(len(alpha_bar) - 1, steps)
+    x = torch.where(given, x_known, x_T)
+    for t, s in zip(indices[:-1], indices[1:], strict=True):
+        x_0_hat = denoise(x, torch.full((len(x),), t, device=x.device))
+        noise = randn(x, rng) if eta else 0
+        x = torch.where(given, x_known, reverse_step(x, x_0_hat, t, s, alpha_bar, eta, noise))
+    return x
+
+
+# ---- from a network to a denoise ----
+
+def guided(network, null_network, scale):
+    """Classifier-free guidance on the output: null + scale * (prompted - null) (Ho & Salimans 2022); 1 is no guidance."""
+    if scale == 1:
+        return network
+
+    def output(*inputs):
+        null = null_network(*inputs)
+        return null + scale * (network(*inputs) - null)
+    return output
+
+
+def read_logits(table, temperature=1.0):
+    """The `read` of objective ce: logits (B, T, V) -> x_0_hat, the mean of the table's rows (V, C) under softmax."""
+    return lambda logits, x_t, log_snr: ((logits / temperature).softmax(-1) @ table, logits)
+
+
+def read_eps(table):
+    """The `read` of objective eps: eps_hat (B, T, C) -> x_0_hat (Ho et al. 2020, eq. 15), with logits by distance."""
+    def read(eps_hat, x_t, log_snr):
+        log_snr = log_snr.clamp(max=20)[..., None]      # a given token, at infinity, is its own x_t
+        x_0_hat = (x_t - torch.sigmoid(-log_snr).sqrt() * eps_hat) / torch.sigmoid(log_snr).sqrt()
+        return x_0_hat, log_snr.exp() * (x_0_hat @ table.T)
+    return read
+
+
+def make_read(cfg, table, vocab_size, temperature=1.0):
+    """The `read` of the objective that a ModelConfig names; rows of the table from vocab_size on are padding."""
+    return read_eps(table[:vocab_size]) if cfg.objective == "eps" else read_logits(table, temperature)
+
+
+def denoiser(network, read, alpha_bar, known=None, watch=None):
+    """A `denoise` that feeds the network its last guess and tells it that the positions in known (B, T) are clean.
+
+    watch(t, x_0_hat, logits), if given, sees every call: it counts them, draws them, and keeps the last.
+    """
+    x_prev = None
+
+    def denoise(x_t, t):
+        nonlocal x_prev
+        t = t[:, None].expand(x_t.shape[:2])
+        level = log_snr(t if known is None else torch.where(known, 0, t), alpha_bar)
+        output = network(x_t, level, torch.zeros_like(x_t) if x_prev is None else x_prev)
+        x_prev, logits = read(output, x_t, level)
+        if watch:
+            watch(int(t[0, 0]), x_prev, logits)
+        return x_prev
+    return denoise
+
+
+def two_pass(network, read):
+    """predict(x_t, log_snr) -> (x_0_hat, logits): one pass without and one with self-conditioning, at the same x_t."""
+    def predict(x_t, log_snr):
+        x_0_hat, _ = read(network(x_t, log_snr, torch.zeros_like(x_t)), x_t, log_snr)
+        return read(network(x_t, log_snr, x_0_hat), x_t, log_snr)
+    return predict
+
+
+def generate(network, read, table, alpha_bar, idx, known, steps=50, eta=0.0, rng=None, watch=None):
+    """Tokens (B, T) that keep idx (B, T) where known (B, T) and are sampled elsewhere; watch as in `denoiser`."""
+    tokens = idx
+
+    def keep(t, x_0_hat, logits):
+        nonlocal tokens
+        tokens = torch.where(known, idx, logits.argmax(-1))
+        if watch:
+            watch(t, x_0_hat, logits)
+    x_known = table[idx]
+    denoise = denoiser(network, read, alpha_bar, known, keep)
+    sample_constrained_ddim(denoise, randn(x_known, rng), alpha_bar, x_known, known, steps, eta, rng)
+    return tokens
+
+
+# ---- objectives ----
+
+def ce_loss(logits, idx):
+    """Cross-entropy of the tokens idx (B, T) in nats: (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none").view_as(idx)
+
+
+def eps_loss(eps_hat, eps):
+    """Mean squared error of the noise (Ho et al. 2020, eq. 14), the mean over C: (B, T)."""
+    return (eps_hat - eps).square().mean(-1)
+
+
+# ---- likelihood ----
+
+class Bound(NamedTuple):
+    """An upper bound on -log p(tokens) in nats a token, in the three parts of Ho et al. 2020, eq. 5."""
+    reconstruction: torch.Tensor       # -log p(tokens | x_1)
+    diffusion: torch.Tensor            # the sum over t = 2 .. timesteps, from one drawn t
+    prior: torch.Tensor                # KL of q(x_timesteps | x_0) from the normal distribution
+
+    def total(self):
+        return self.reconstruction + self.diffusion + self.prior
+
+
+def stratified(n, timesteps, rng=None):
+    """n indices (n,) in 2 .. timesteps, one from each n-th part of the range, in random order."""
+    u = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng, dtype=torch.float64)) / n
+    return 2 + (u * (timesteps - 1)).long().clamp(max=timesteps - 2)
+
+
+def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
+    """One draw of the bound for each sequence of idx (B, T) at indices t (B,) in 2 .. timesteps: parts of shape (B,).
+
+    Unbiased for uniform t. The diffusion part is 1/2 (snr_{t-1} - snr_t) |x_0 - x_0_hat|^2, timesteps - 1 times
+    (Kingma et al. 2021, eq. 14), in float64; `predict` is two_pass of the averaged weights at temperature 1.
+    """
+    x_0 = table[idx]
+    snr = alpha_bar / (1 - alpha_bar)
+
+    def noised(t):
+        t = t.to(idx.device)[:, None].expand(idx.shape)
+        x_t = add_noise(x_0, t, alpha_bar, randn(x_0, rng))
+        return predict(x_t, log_snr(t, alpha_bar))
+
+    _, logits = noised(torch.ones_like(t))
+    reconstruction = ce_loss(logits, idx).double().mean(1)
+    x_0_hat, _ = noised(t)
+    error = (x_0 - x_0_hat).double().square().sum(-1).mean(1)                          # (B,)
+    t = t.to(alpha_bar.device)
+    diffusion = (len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error
+    a = alpha_bar[-1]
+    squared_norm = x_0.double().square().sum(-1).mean(1)
+    prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a
+    return Bound(reconstruction, diffusion, prior)

@@ -1,0 +1,211 @@
+"""
+The network of SunFish: noisy token vectors in, scores over the vocabulary out.
+
+A pre-norm transformer with full attention. Three things set it apart from a language model's usual trunk:
+- the input at each position is the *context-free posterior mean* of the noisy vector, the best guess of the token from
+  its own noise alone, so that a position drowned in noise looks blank instead of loud (measured in bench/LOG.md);
+- each position carries its own noise level, and a given token is simply one without noise;
+- the output adds the exact Gaussian log-likelihood of the noisy vector under every token (the output prior of Plaid,
+  Gulrajani & Hashimoto 2023), so at initialisation the model already is that context-free posterior.
+"""
+import ctypes
+import dataclasses
+import math
+import pickle
+import zipfile
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import ModelConfig
+
+CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond which nothing changes: readable, blind
+KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
+NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x, positions):
+    """Rotary positions (Su et al. 2021): x (B, H, T, D) turned by its positions (T,)."""
+    half = x.size(-1) // 2
+    freq = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angle = positions[:, None] * freq                                     # (T, D / 2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Attention(nn.Module):
+    """Full multi-head attention from x to itself or to a context, with normalised queries and keys."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.kv = nn.Linear(cfg.n_embd, 2 * cfg.n_embd, bias=False)
+        self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+
+    def forward(self, x, context, x_pos, context_pos, mask=None):
+        q, (k, v) = self.q(x), self.kv(context).chunk(2, -1)
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))     # (B, H, T, D)
+        q, k = (rotate(norm(y), pos).to(v.dtype) for y, pos in ((q, x_pos), (k, context_pos)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))                                    # (B, T, n_embd)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, cross):
+        super().__init__()
+        d = cfg.n_embd
+        self.attn = Attention(cfg)
+        self.cross = Attention(cfg) if cross else None
+        self.cross_gate = nn.Parameter(torch.zeros(d)) if cross else None
+        self.local = nn.Parameter(torch.randn(KERNEL, d) * KERNEL ** -0.5)
+        self.up = nn.Linear(d, 4 * d, bias=False)
+        self.down = nn.Linear(4 * d, d, bias=False)
+        self.offset = nn.Parameter(torch.zeros(6 * d))                    # this layer's own part of the modulation
+
+    def mix(self, x):
+        pad = F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2))
+        return sum(pad[:, i:i + x.size(1)] * self.local[i] for i in range(KERNEL))
+
+    def forward(self, x, noise, pos, context, context_pos, mask):
+        scale1, shift1, gate1, scale2, shift2, gate2 = (noise + self.offset).chunk(6, -1)
+        x = x + self.mix(norm(x))
+        y = norm(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attn(y, y, pos, pos)
+        if self.cross is not None:
+            x = x + self.cross_gate * self.cross(norm(x), context, pos, context_pos, mask)
+        y = norm(x) * (1 + scale2) + shift2
+        return x + gate2 * self.down(F.gelu(self.up(y)))
+
+
+class SunFish(nn.Module):
+    """x_t (B, T, C), log_snr (B, T), x_prev (B, T, C) and a prompt (B, P) of token ids, visible where prompt_mask (B, P),
+    -> logits (B, T, V) in float32, or eps_hat (B, T, C) for objective eps. V is vocab_size padded to a multiple of 64.
+
+    log_unigram (vocab_size,) holds the log frequencies of the training text; the default is uniform.
+    """
+
+    def __init__(self, cfg, vocab_size, log_unigram=None):
+        super().__init__()
+        self.cfg, self.vocab_size = cfg, vocab_size
+        C, d, V = cfg.token_dim, cfg.n_embd, -(-vocab_size // 64) * 64
+        self.table = nn.Parameter(torch.randn(V, C))
+        self.bias = nn.Parameter(torch.zeros(V))
+        self.register_buffer("log_unigram", torch.full((V,), NEVER))
+        self.log_unigram[:vocab_size] = -math.log(vocab_size) if log_unigram is None else log_unigram
+        self.read = nn.Linear(2 * C, d, bias=False)
+        self.prompt_in = nn.Linear(C, d, bias=False)
+        self.null = nn.Parameter(torch.randn(1, 1, d))
+        self.time_in = nn.Linear(64, d // 2)
+        self.time_out = nn.Linear(d // 2, 6 * d)
+        self.blocks = nn.ModuleList(Block(cfg, (i + 1) % cfg.cross_every == 0) for i in range(cfg.n_layer))
+        self.write = nn.Linear(d, C, bias=False)
+        self.schedule = nn.Parameter(self.first_schedule())
+        self.init_weights()
+
+    def first_schedule(self):
+        """mu, log beta and log height of the fitted schedule at the start; the height is the unigram entropy in nats."""
+        p = self.log_unigram.double().exp()
+        entropy = -(p * self.log_unigram).sum()
+        return torch.stack((torch.tensor(-1.9).to(entropy), entropy.new_tensor(0.85).log(), entropy.log())).float()
+
+    @torch.no_grad()
+    def init_weights(self):
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=m.in_features ** -0.5)
+        for b in self.blocks:
+            for m in (b.attn.out, b.down):
+                m.weight.mul_((2 * len(self.blocks)) ** -0.5)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.time_out.weight)
+        d = self.cfg.n_embd
+        nn.init.zeros_(self.time_out.bias)
+        self.time_out.bias[2 * d:3 * d] = 1.0
+        self.time_out.bias[5 * d:] = 1.0
+        self.read.weight[:, self.cfg.token_dim:].zero_()
+
+    def embedding(self):
+        return F.normalize(self.table.float(), dim=-1) * math.sqrt(self.cfg.token_dim)
+
+    def precision(self, log_snr):
+        """a / s^2 of a noise level, its signal-to-noise ratio clipped to what matters."""
+        g = self.level(log_snr)
+        log_snr = -g - math.log(self.cfg.token_dim)
+        return (0.5 * log_snr).exp() * (1 + log_snr.exp()).sqrt()        # a/s^2 = sqrt(snr) / s, 1/s^2 = 1 + snr
+
+    def level(self, log_snr):
+        return (-log_snr - math.log(self.cfg.token_dim)).clamp(CLEAN, NOISY)
+
+    def likelihood(self, x_t, log_snr, E):
+        """log unigram + log p(x_t | token) up to a constant: (B, T, V)."""
+        return (self.precision(log_snr)[..., None] * x_t) @ E.T + self.log_unigram
+
+    def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None):
+        E = self.embedding()
+        if self.cfg.objective == "eps":
+            return self.trunk(x_t, log_snr, x_prev, E.detach(), prompt, prompt_mask).float()
+        with torch.no_grad():
+            mean = self.likelihood(x_t, log_snr, E).softmax(-1) @ E
+        h = self.trunk(mean, log_snr, x_prev, E, prompt, prompt_mask)
+        with torch.autocast(x_t.device.type, enabled=False):
+            h = h.float() / math.sqrt(self.cfg.token_dim) + self.precision(log_snr)[..., None] * x_t
+            return h @ E.T + (self.log_unigram + self.bias)
+
+    def trunk(self, mean, log_snr, x_prev, E, prompt, prompt_mask):
+        B, T, _ = mean.shape
+        x = self.read(torch.cat((mean, x_prev), -1))                     # (B, T, n_embd)
+        freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
+        angle = self.level(log_snr)[..., None] / 10 * freq
+        noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
+        pos = torch.arange(T, device=x.device)
+        context, context_pos, mask = self.null.expand(B, 1, -1), pos[:1], None
+        if prompt is not None:
+            context = torch.cat((context, self.prompt_in(E[prompt])), 1)
+            context_pos = torch.cat((context_pos, torch.arange(-prompt.size(1), 0, device=x.device)))
+            mask = F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
+        for block in self.blocks:
+            x = block(x, noise, pos, context, context_pos, mask)
+        return self.write(norm(x))
+
+
+def keep_memory():
+    """Let glibc reuse the memory of large tensors: returning it to the kernel and faulting it in again took 40 % of a
+    training step on a CPU (bench/LOG.md). Elsewhere this does nothing."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)                  # M_MMAP_MAX: no allocation through mmap
+        libc.mallopt(-1, 2 ** 31 - 1)        # M_TRIM_THRESHOLD: do not shrink the heap
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint file, on the CPU. Only plain types are unpickled, and every byte is checked first.
+
+    Raises ValueError if the file is not a sound checkpoint: torch.load alone does not notice a flipped bit.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{path} is damaged at {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a sound checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict) or content.get("format") != 1:
+        raise ValueError(f"{path} is not a SunFish checkpoint of format 1")
+    return content
+
+
+def load_model(checkpoint, device="cpu"):
+    """The averaged network of a checkpoint's content, ready to use."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    cfg = ModelConfig(**{k: v for k, v in checkpoint["config"].items() if k in names})
+    model = SunFish(cfg, checkpoint["data"]["vocab_size"])
+    model.load_state_dict(checkpoint["ema"])
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,205 @@
+"""
+Write with a trained SunFish: freely, after a prompt, or into the blanks of a text.
+
+    python sample.py --prompt "The list is sorted"
+    python sample.py --num_samples=4 --seq_len=64
+    python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."
+
+Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
+"""
+from dataclasses import dataclass
+
+from configurator import fail, load
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = ""             # file, or folder of a run; empty is the newest under out/
+    mode: str = "generate"           # generate, or infill with --text
+    prompt: str = ""                 # text that the samples continue; @FILE one a line, - stdin, empty is none
+    text: str = ""                   # infill: text with [MASK] (4 tokens) or [MASK:n] (n tokens)
+    num_samples: int = 1             # samples of each prompt or text
+    seq_len: int = 0                 # tokens in a sample; 0 is the block_size that the network was trained at
+    sampler: str = "ddim"            # ddim, or ddpm (eta=1)
+    steps: int = 0                   # denoising steps; 0 is 64 for ddim and all timesteps for ddpm
+    eta: float = 1.0                 # ddim: fresh noise at each step, from 0 (deterministic) to 1 (as ddpm)
+    temperature: float = 0.9         # of the scores; below 1 is safer and duller
+    guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
+    batch_size: int = 8              # samples at a time; does not change them
+    seed: int = 1                    # same seed, same text
+    device: str = "auto"             # auto, cpu, cuda
+    json: bool = False               # one JSON object a sample
+    show: bool = False               # watch the first sample of each batch being denoised
+
+    def check(self):
+        for name in ("num_samples", "batch_size", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name, known in (("mode", ("generate", "infill")), ("sampler", ("ddim", "ddpm"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)} is unknown; use {' or '.join(known)}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} is not between 0 (deterministic) and 1 (ddpm)")
+        if self.steps < 0 or self.seq_len < 0:
+            raise ValueError(f"steps={self.steps} and seq_len={self.seq_len} must not be negative; 0 is the default")
+        if self.mode == "infill" and self.prompt:
+            raise ValueError("mode=infill takes --text, not --prompt; put the prompt into the text")
+        if self.mode == "generate" and self.text:
+            raise ValueError("--text is for --mode=infill; use --prompt, or add --mode=infill")
+
+
+if __name__ == "__main__":
+    CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
+
+import json                                                                                # noqa: E402
+import re
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import diffusion
+from model import keep_memory, load_model, read_checkpoint
+from prepare_fineweb import get_tokenizer
+
+BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
+DEFAULT_BLANK = 4                                 # tokens in a [MASK] without a length
+
+
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+def find_checkpoint(name):
+    """The content of the named file, of the newest file of the named run, or of the newest run under out/."""
+    path = Path(name or "out")
+    if path.is_dir():
+        found = sorted(path.rglob("ckpt_*.pt"), key=lambda p: (p.stat().st_mtime, p.name))
+        path = found[-1] if found else path
+    if not path.is_file():
+        fail(f"no checkpoint at {path}; train one with `python train.py config/tiny.py`, or name it with --checkpoint")
+    try:
+        return path, read_checkpoint(path)
+    except ValueError as error:
+        fail(error)
+
+
+def read_prompts(text):
+    """The prompts that --prompt names: at least one, an empty one for none."""
+    if text == "-":
+        text = sys.stdin.read().strip()
+        return [text]
+    if text.startswith("@"):
+        try:
+            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"cannot read the prompts in {text[1:]} ({error}); name a text file with one prompt a line")
+        return [line for line in lines if line.strip()] or fail(f"{text[1:]} holds no prompt; write one a line")
+    return [text]
+
+
+def read_blanks(text, encode):
+    """Text with [MASK] and [MASK:n] as token ids (T,) and where they are given (T,) bool; the blanks hold id 0."""
+    if not BLANK.search(text):
+        fail(f"--text={text!r} has no [MASK], in capitals, to fill; write for example \"The sky is [MASK:2] today.\"")
+    idx, known, end = [], [], 0
+    for blank in BLANK.finditer(text):
+        n = int(blank[1]) if blank[1] else DEFAULT_BLANK
+        if n < 1:
+            fail(f"{blank[0].strip()} is a blank of no tokens; write [MASK:1] or more")
+        given = encode(text[end:blank.start()])
+        idx, known, end = idx + given + [0] * n, known + [True] * len(given) + [False] * n, blank.end()
+    given = encode(text[end:])
+    return torch.tensor(idx + given), torch.tensor(known + [True] * len(given))
+
+
+def make_canvas(cfg, model_cfg, prompt, encode):
+    """What to fill: token ids (T,), which are given (T,), and the prompt's ids (P,)."""
+    if cfg.mode == "infill":
+        idx, known = read_blanks(cfg.text, encode)
+        if cfg.seq_len:
+            fail(f"seq_len={cfg.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
+    else:
+        idx = torch.zeros(cfg.seq_len or model_cfg.block_size, dtype=torch.int64)
+        known = torch.zeros_like(idx, dtype=torch.bool)
+    if len(idx) > model_cfg.block_size:
+        fail(f"{len(idx)} tokens are more than the {model_cfg.block_size} that this network was trained at (block_size)")
+    ids = encode(prompt) if prompt.strip() else []
+    if len(ids) > model_cfg.prompt_size:
+        fail(f"the prompt has {len(ids)} tokens, more than the {model_cfg.prompt_size} that this network reads "
+             f"(prompt_size); shorten it: {prompt[:40]!r}...")
+    return idx, known, torch.tensor(ids, dtype=torch.int64)
+
+
+def progress(cfg, encoding, steps):
+    """A watch for `diffusion.generate` that redraws the first sample in the terminal at each step, if asked."""
+    calls = []
+
+    def watch(t, x_0_hat, logits):
+        calls.append(t)
+        if cfg.show and (sys.stderr.isatty() or len(calls) == steps):
+            text = " ".join(encoding.decode(logits[0].argmax(-1).tolist()).split())
+            clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
+            say(f"{clear}step {len(calls)}/{steps}, noise index {t}\n{text}")
+    return watch, calls
+
+
+@torch.no_grad()
+def sample(model, cfg, canvas, numbers, watch, steps):
+    """Samples with these numbers, whose noise depends on (seed, number) alone: token ids (B, T)."""
+    device, B = model.table.device, len(numbers)
+    idx, known, prompt = (part.to(device).expand(B, -1) for part in canvas)
+    table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
+    network = model
+    if prompt.size(1):
+        prompted = partial(model, prompt=prompt, prompt_mask=torch.ones_like(prompt, dtype=torch.bool))
+        network = diffusion.guided(prompted, model, cfg.guidance_scale)
+    read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
+    rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
+    eta = 1.0 if cfg.sampler == "ddpm" else cfg.eta
+    return diffusion.generate(network, read, table, alpha_bar, idx, known, steps, eta, rng, watch)
+
+
+def main(cfg):
+    keep_memory()
+    path, checkpoint = find_checkpoint(cfg.checkpoint)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        fail(f"device={cfg.device}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")
+    model, encoding = load_model(checkpoint, device), get_tokenizer(checkpoint["data"]["tokenizer"])
+    steps = cfg.steps or (model.cfg.timesteps if cfg.sampler == "ddpm" else min(64, model.cfg.timesteps))
+    if steps > model.cfg.timesteps:
+        fail(f"steps={steps} is more than the {model.cfg.timesteps} timesteps of this checkpoint")
+    say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
+        f"{device}")
+    prompts = read_prompts(cfg.prompt)
+    canvases = [make_canvas(cfg, model.cfg, prompt, encoding.encode_ordinary) for prompt in prompts]
+    if cfg.mode == "generate" and not all(len(prompt) for _, _, prompt in canvases):
+        say("no prompt: the samples are unconditional" +
+            ("" if cfg.guidance_scale == Config.guidance_scale else ", and guidance_scale has nothing to guide"))
+    started, tokens, calls = time.perf_counter(), 0, 0
+    for prompt, canvas in zip(prompts, canvases, strict=True):
+        for first in range(0, cfg.num_samples, cfg.batch_size):
+            numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
+            watch, seen = progress(cfg, encoding, steps)
+            made = sample(model, cfg, canvas, numbers, watch, steps)
+            guided = len(canvas[2]) and cfg.guidance_scale != 1
+            tokens, calls = tokens + made.numel(), calls + len(seen) * (2 if guided else 1)
+            for number, ids in zip(numbers, made.tolist(), strict=True):
+                write(cfg, prompt, number, encoding.decode(ids))
+    seconds = time.perf_counter() - started
+    say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
+
+
+def write(cfg, prompt, number, text):
+    """One sample to stdout: as JSON, or as text with its prompt in front."""
+    if cfg.json:
+        print(json.dumps(dict(prompt=prompt, text=text, seed=cfg.seed, number=number), ensure_ascii=False), flush=True)
+    else:
+        print((f"--- {number + 1} ---\n" if cfg.num_samples > 1 else "") + prompt + text, flush=True)
+
+
+if __name__ == "__main__":
+    main(CFG)

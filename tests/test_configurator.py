@@ -1,0 +1,141 @@
+"""configurator.py: what wins, what is refused and how, and what --help shows."""
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from configurator import ModelConfig, describe, fail, load
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    n_embd: int = 64                 # width, narrower here
+    lr: float = 3e-4                 # learning rate
+    resume: bool = False             # go on where it stopped
+    prompt: str = "a # b"            # text to continue
+
+    def check(self):
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} is not positive; try 3e-4")
+
+
+def refused(capsys, *argv):
+    """The one line on stderr with which `argv` is refused."""
+    with pytest.raises(SystemExit) as stop:
+        load(Config, argv)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: "), err
+    return err
+
+
+def test_defaults_then_files_then_command_line(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text('"""a config"""\n# a comment\nn_layer = 2 * (3 + 1)   # eight\nlr = -(-1) / 10\nprompt = "one"\n')
+    two.write_text("lr = 1e-2\nn_embd = 2 ** 7\nresume = True\n")
+    cfg = load(Config, ["--prompt=x=y", str(one), str(two), "--n_head", "4"])
+    assert (cfg.n_layer, cfg.lr, cfg.n_embd, cfg.resume, cfg.n_head, cfg.prompt) == (8, 0.01, 128, True, 4, "x=y")
+    assert load(Config, [str(two), str(one)]).lr == 0.1
+    assert load(Config, []) == Config()
+
+
+def test_file_names_may_have_spaces_and_no_suffix(tmp_path):
+    path = tmp_path / "größe und so"
+    path.write_text("n_layer = 3")
+    assert load(Config, [str(path)]).n_layer == 3
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    (["--prompt="], "prompt", ""), (["--prompt", ""], "prompt", ""), (["--prompt", "-x"], "prompt", "-x"),
+    (["--prompt", "--nothing"], "prompt", "--nothing"), (["--prompt=--lr"], "prompt", "--lr"),
+    (["--prompt=a b=c\nd"], "prompt", "a b=c\nd"),
+    (["--n_layer=1e5"], "n_layer", 100_000), (["--n_layer=100_000"], "n_layer", 100_000),
+    (["--n_layer", "-3"], "n_layer", -3), (["--n_layer=9007199254740993"], "n_layer", 2 ** 53 + 1),
+    (["--lr=1"], "lr", 1.0), (["--resume=TRUE"], "resume", True), (["--resume", "false"], "resume", False),
+    (["--lr=1", "--lr=2"], "lr", 2.0)])
+def test_accepted_values(argv, name, value):
+    got = getattr(load(Config, argv), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--n_layers=3"], "did you mean n_layer?"), (["-lr=3"], "did you mean lr?"), (["--="], "--help"),
+    (["--n_layer=1.5"], "n_layer=1.5 must be a whole number"), (["--n_layer=100,000"], "n_layer=100,000 must be"),
+    (["--n_layer=1__0"], "whole number"), (["--n_layer="], "whole number"), (["--n_layer=True"], "whole number"),
+    (["--lr=nan"], "lr=nan must be a finite number"), (["--lr=inf"], "finite"), (["--lr=1e999"], "finite"),
+    (["--lr=fast"], "lr=fast must be a finite number"), (["--resume=yes"], "resume=yes must be true or false"),
+    (["--resume=1"], "true or false"), (["--resume"], "--resume needs a value: --resume=True"),
+    (["--resume", "--lr=1"], "--resume needs a value"), (["--prompt", "--lr"], "--prompt needs a value"),
+    (["--lr=-1"], "lr=-1.0 is not positive; try 3e-4"), (["missing.py"], "missing.py: No such file")])
+def test_refused_arguments(capsys, argv, says):
+    assert says in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("import os", ":1: import os: a config file is never run"), ("lr = 1\nlr += 1", ":2: lr += 1"),
+    ("n_layer = open('x')", "n_layer = open('x'): not a plain value"), ("n_layer = [1]", "not a plain value"),
+    ("n_layer = n_head", "not a plain value"), ("lr = 9 ** 9 ** 9 ** 9", "math range error"), ("lr = 1 / 0", "zero"),
+    ("lr = '1'", "must be a finite number"), ("prompt = 3", "must be text in quotes"), ("prompt = None", "text"),
+    ("lr = True", "finite"), ("\n\nn_layerz = 1", ":3: n_layerz is not a setting; did you mean n_layer?"),
+    ("lr = = 1", ":1: invalid syntax"), ("a\0b", "null bytes"), ("lr, n_head = 1, 2", "never run"),
+    ("lr = 1 + 'a'", "lr = 1 + 'a'")])
+def test_refused_files(capsys, tmp_path, text, says):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    err = refused(capsys, str(path))
+    assert says in err and str(path) in err
+
+
+def test_missing_file_lists_the_ones_there_are(capsys, tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "micro.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert "there are config/micro.py" in refused(capsys, "config/mikro.py")
+    assert "Is a directory" in refused(capsys, "config")
+
+
+def test_a_config_file_is_not_run(tmp_path, capsys):
+    path = tmp_path / "evil.py"
+    path.write_text(f"__import__('pathlib').Path({str(tmp_path / 'owned')!r}).touch()")
+    refused(capsys, str(path))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_fail_prints_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        fail("no\nroom", 1)
+    assert stop.value.code == 1 and capsys.readouterr().err == "error: no room\n"
+
+
+def test_describe_shows_what_was_changed():
+    assert describe(Config()) == "all settings at default"
+    assert describe(Config(lr=0.1, prompt="two words")) == "lr=0.1 prompt='two words'"
+
+
+def test_help_shows_every_setting_once(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(Config, ["--lr=oops", "--help"])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert stop.value.code == 0 and lines[0] == __doc__
+    rows = [line.split(maxsplit=1) for line in lines if line.startswith("  --")]
+    assert len(rows) == len(Config.__dataclass_fields__)
+    shown = dict(rows[:-1])
+    assert shown["--n_embd=64"] == "width, narrower here" and shown["--n_head=8"] == "attention heads"
+    assert "  --prompt='a # b'   text to continue" in lines
+    assert len({line.index(text) for line, text in zip(lines[-3:], ("learn", "go on", "text"), strict=True)}) == 1
+
+
+def test_help_of_a_script_is_quick_and_imports_little():
+    start = time.monotonic()
+    code = ("import sys, runpy; sys.path.insert(0, '.'); sys.argv[1:] = ['--help']\n"
+            "try: runpy.run_path('prepare_fineweb.py', run_name='__main__')\n"
+            "finally: print(sorted({'torch', 'tiktoken', 'datasets', 'pyarrow'} & set(sys.modules)))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - start < 5         # 0.2 s on an idle machine; room for a busy one
+    run_help = subprocess.run([sys.executable, "prepare_fineweb.py", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.endswith("[]\n") and run_help.returncode == 0 and "--shard_tokens=100000000" in run_help.stdout

@@ -1,0 +1,644 @@
+"""
+Train SunFish: pre-tokenized shards in, checkpoints and a log out.
+
+    python train.py config/tiny.py                          # minutes on a laptop, on text that Python brings along
+    python train.py config/micro.py --device=cpu            # 41.6M parameters
+    torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
+
+The data order and all noise are functions of (seed, step, index of the sample in its step), so a run that stops at a
+checkpoint and resumes is the run that never stopped, and nothing but the step number has to be remembered.
+"""
+from dataclasses import dataclass
+
+from configurator import ModelConfig, describe, fail, load
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig):
+    # data and output
+    dataset: str = "fineweb,pydoc"       # folder, or name under data/; of several the first that is prepared
+    out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
+    resume: bool = False                 # continue from the newest checkpoint in out_dir
+    # the optimizer step
+    batch_size: int = 8                  # sequences on a device at a time
+    batch_tokens: int = 65_536           # tokens in an optimizer step; gradient accumulation follows from it
+    max_steps: int = 10_000              # optimizer steps
+    learning_rate: float = 1e-3          # peak; cosine to zero after the warm-up
+    warmup_steps: int = 200              # steps of linear warm-up
+    weight_decay: float = 0.01           # on the matrices of the trunk only; 0 is off
+    grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
+    ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
+    # what is noised
+    p_independent: float = 0.33          # share of sequences in which every token has a noise level of its own
+    p_given: float = 0.33                # share in which a prefix, spans or single tokens are given
+    self_conditioning: float = 0.5       # share that sees a first guess of x_0; 0 is off
+    conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
+    # machine
+    seed: int = 1                        # of weights, data order and noise
+    device: str = "auto"                 # auto, cpu, cuda, cuda:1
+    dtype: str = "auto"                  # auto, float32, bfloat16: of the trunk's matrix products
+    compile: str = "auto"                # auto, true, false: torch.compile
+    activation_checkpointing: bool = False   # recompute the blocks in the backward pass: less memory, a third slower
+    dry_run: bool = False                # print sizes, batch and memory, then stop
+    # log
+    log_interval: int = 10               # steps between log lines
+    eval_interval: int = 500             # steps between evaluations; 0 is off
+    eval_sequences: int = 256            # sequences for the bound at an evaluation
+    save_interval: int = 500             # steps between checkpoints; the last two are kept
+    keep_interval: int = 0               # steps between checkpoints kept for good; 0 is off
+    guidance_scale: float = 2.0          # of the prompted sample at an evaluation
+    wandb_log: bool = False              # also log to Weights & Biases
+    wandb_project: str = "sunfish"       # its project
+
+    def check(self):
+        positive = ("batch_size batch_tokens max_steps learning_rate log_interval save_interval eval_sequences").split()
+        for name in positive:
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "keep_interval"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is off")
+        for name in ("p_independent", "p_given", "self_conditioning", "conditioning_dropout", "ema_decay"):
+            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in 0 .. 1")
+        require(self.p_independent + self.p_given <= 1, f"p_independent={self.p_independent} and p_given={self.p_given} "
+                "add up to more than 1; lower one of them")
+        require(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype} is not auto, float32 or bfloat16")
+        require(self.compile.lower() in ("auto", "true", "false"), f"compile={self.compile} is not auto, true or false")
+        super().check()
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+if __name__ == "__main__":
+    CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import diffusion
+from diffusion import generator, mix
+from model import SunFish, keep_memory, read_checkpoint
+from prepare_fineweb import find_dataset, find_shards, get_tokenizer, read_meta, read_shard
+
+
+# ---- data: every batch is a function of (seed, step, index of the sample) ----
+
+def permute(i, n, key):
+    """The place of i in a random order of 0 .. n - 1, without storing the order: a Feistel network, walked into range."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = i >> half, i & ((1 << half) - 1)
+        for turn in range(4):
+            left, right = right, left ^ (mix(key, turn, right) & ((1 << half) - 1))
+        i = left << half | right
+        if i < n:
+            return i
+
+
+class Windows:
+    """Windows of block_size tokens over the shards of one split, each with the tokens that stand before it."""
+
+    def __init__(self, folder, split, cfg, vocab_size):
+        self.paths = find_shards(folder, split)
+        self.shards = [read_shard(path) for path in self.paths]
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.ends = np.cumsum([len(shard) // cfg.block_size for shard in self.shards])
+        if self.ends[-1] == 0:
+            raise ValueError(f"{folder}: no {split} shard holds a window of block_size={cfg.block_size} tokens; "
+                             "prepare more text or lower block_size")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        """Window i as (ids (block_size,), the ids before it (at most prompt_size,)), both int64."""
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        start = (i - (int(self.ends[k - 1]) if k else 0)) * self.cfg.block_size
+        before = max(0, start - self.cfg.prompt_size)
+        ids = self.shards[k][before:start + self.cfg.block_size].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            at = int((ids >= self.vocab_size).argmax())
+            raise ValueError(f"{self.paths[k]}: id {ids[at]} at token {before + at} is not below the vocabulary of "
+                             f"{self.vocab_size}; these shards were made with another tokenizer")
+        ids = torch.from_numpy(ids)
+        return ids[start - before:], ids[:start - before]
+
+    def unigram(self, tokens=20_000_000):
+        """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
+        count = sum(np.bincount(shard[:tokens // len(self.shards)], minlength=self.vocab_size) for shard in self.shards)
+        count = count[:self.vocab_size] + 0.5
+        return torch.from_numpy(np.log(count / count.sum())).float()
+
+
+class Batch(NamedTuple):
+    idx: torch.Tensor              # (B, T) int64 tokens
+    t: torch.Tensor                # (B, T) int64 diffusion index of each, 0 where it is given
+    eps: torch.Tensor              # (B, T, C) noise
+    prompt: torch.Tensor           # (B, P) int64 tokens before the window, at the right end
+    prompt_mask: torch.Tensor      # (B, P) True where the network may see them
+    common: torch.Tensor           # (B,) True where all tokens share one noise level: these fit the schedule
+    guesses: int                   # the first so many sequences get a first guess of x_0 (self-conditioning)
+
+
+def choose_given(T, rng):
+    """Which of T tokens are given: a prefix, all but some spans, or single tokens, of any number: (T,) bool."""
+    kind, share = torch.rand(2, generator=rng).tolist()
+    if kind < 1 / 3:
+        return torch.arange(T) < int(share * T)
+    if kind < 2 / 3:
+        spans = int(torch.randint(1, 9, (), generator=rng))
+        holes = torch.randint(T, (spans,), generator=rng)[:, None]
+        length = (torch.rand(spans, 1, generator=rng) * 2 * share * T / spans).long() + 1
+        place = torch.arange(T)
+        return ~((place >= holes) & (place < holes + length)).any(0)
+    given = torch.rand(T, generator=rng) < share
+    given[torch.randint(T, (), generator=rng)] = False           # one at least is left to guess
+    return given
+
+
+def noise_levels(cfg, step, i, rng):
+    """The diffusion index of each token of sample i: (T,) int64, 0 where given; and whether all share one level.
+
+    The common level is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order.
+    """
+    T, n = cfg.block_size, cfg.batch_tokens // cfg.block_size
+    common = (permute(i, n, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / n
+    kind, own = torch.rand((), generator=rng).item(), torch.rand(T, generator=rng, dtype=torch.float64)
+    u = own if kind < cfg.p_independent else torch.full((T,), common, dtype=torch.float64)
+    t = 1 + (u * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    if cfg.p_independent <= kind < cfg.p_independent + cfg.p_given:
+        t = torch.where(choose_given(T, rng), 0, t)
+    return t, kind >= cfg.p_independent + cfg.p_given
+
+
+def make_sample(cfg, windows, step, i, device):
+    """Sample i of an optimizer step: idx, t, eps, prompt, prompt_mask and common of a Batch, without the leading B."""
+    T, P, n = cfg.block_size, cfg.prompt_size, cfg.batch_tokens // cfg.block_size
+    epoch, place = divmod(step * n + i, len(windows))
+    idx, before = windows[permute(place, len(windows), mix(cfg.seed, epoch))]
+    rng = generator("cpu", cfg.seed, step, i)
+    t, common = noise_levels(cfg, step, i, rng)
+    drop, share = torch.rand(2, generator=rng).tolist()
+    visible = 0 if drop < cfg.conditioning_dropout else min(len(before), 1 + int(share * P))
+    prompt = F.pad(before, (P - len(before), 0))
+    eps = torch.randn(T, cfg.token_dim, generator=generator(device, cfg.seed, step, i, "eps"),
+                      device=device)
+    return idx, t, eps, prompt, torch.arange(P) >= P - visible, torch.tensor(common)
+
+
+def make_batch(cfg, windows, step, samples, device):
+    """Samples (indices within the step) as one Batch on the device, those with a first guess in front."""
+    guess = {i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)}
+    made = [make_sample(cfg, windows, step, i, device) for i in sorted(samples, key=lambda i: (i not in guess, i))]
+    fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*made, strict=True))
+    return Batch(*fields, len(guess))
+
+
+SCHEDULE_RATE = 3e-3        # learning rate of the schedule's three scalars
+
+
+# ---- the loss ----
+
+class DenoisingLoss(nn.Module):
+    """Batch -> loss of every token (B, T) and distance of every sequence from the fitted schedule (B,).
+
+    One module around all that touches the weights, so that compilation and distribution wrap a single call.
+    """
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.net, self.cfg = net, cfg
+
+    def forward(self, batch):
+        net, cfg = self.net, self.cfg
+        table = net.embedding()                                                           # (V, C)
+        x_0 = table[batch.idx].detach() if cfg.objective == "eps" else table[batch.idx]   # (B, T, C)
+        alpha_bar = diffusion.make_schedule(cfg, net.schedule.detach())
+        x_t = diffusion.add_noise(x_0, batch.t, alpha_bar, batch.eps)
+        log_snr = diffusion.log_snr(batch.t, alpha_bar)                                   # (B, T)
+        x_prev = self.first_guess(x_t, log_snr, batch, table)
+        output = net(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask)
+        loss = diffusion.eps_loss(output, batch.eps) if cfg.objective == "eps" else diffusion.ce_loss(output, batch.idx)
+        mu, log_beta, log_height = net.schedule
+        level = torch.where(batch.common, log_snr[:, 0], 0)        # a given token's is infinite
+        fit = diffusion.schedule_loss(loss.detach().mean(1), level, mu, log_beta.exp(), log_height.exp(),
+                                      math.sqrt(cfg.token_dim))
+        return loss, torch.where(batch.common, fit, 0)
+
+    @torch.no_grad()
+    def first_guess(self, x_t, log_snr, batch, table):
+        """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others."""
+        n, x_prev = batch.guesses, torch.zeros_like(x_t)
+        if n:
+            inputs = x_t[:n], log_snr[:n]
+            output = self.net(*inputs, x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n])
+            x_prev[:n] = diffusion.make_read(self.cfg, table, self.net.vocab_size)(output, *inputs)[0]
+        return x_prev
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW in three groups: matrices with weight decay, the rest without, the schedule's scalars at their own rate."""
+    named = dict(model.named_parameters())
+    matrix = {n for n, p in named.items() if n.endswith(".weight") and p.ndim == 2}
+    groups = [dict(params=[p for n, p in named.items() if n in matrix], weight_decay=cfg.weight_decay),
+              dict(params=[p for n, p in named.items() if n not in matrix and n != "schedule"], weight_decay=0.0),
+              dict(params=[model.schedule], weight_decay=0.0)]
+    assert sum(len(g["params"]) for g in groups) == len(named), f"groups do not cover all of {list(named)}"
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+
+
+def set_learning_rate(optimizer, cfg, step):
+    """Linear warm-up, then a cosine to zero; returns the rate."""
+    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    factor = (step + 1) / cfg.warmup_steps if step < cfg.warmup_steps else 0.5 * (1 + math.cos(math.pi * done))
+    for group, peak in zip(optimizer.param_groups, (cfg.learning_rate, cfg.learning_rate, SCHEDULE_RATE), strict=True):
+        group["lr"] = peak * factor
+    return cfg.learning_rate * factor
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- decay * ema + (1 - decay) * model, with a shorter memory in the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ---- evaluation ----
+
+def predictor(model, cfg):
+    """The averaged network as predict(x_t, log_snr) -> (x_0_hat, logits), two passes, no prompt."""
+    return diffusion.two_pass(model, diffusion.make_read(cfg, model.embedding(), model.vocab_size))
+
+
+def eval_windows(windows, n):
+    """n windows spread evenly over the split, with repetition if it is smaller: (n, T)."""
+    return torch.stack([windows[i * len(windows) // n][0] for i in range(n)])
+
+
+@torch.no_grad()
+def estimate_bound(model, cfg, idx):
+    """The bound on sequences idx (N, T) with fixed noise, in nats a token: its three parts, total and standard error."""
+    rng, noise = generator("cpu", "bound"), generator(idx.device, "bound")
+    alpha_bar, table = diffusion.make_schedule(cfg, model.schedule), model.embedding()
+    t = diffusion.stratified(len(idx), cfg.timesteps, rng)
+    draws = [diffusion.likelihood_bound(predictor(model, cfg), table, i, alpha_bar, t_i, noise)
+             for i, t_i in zip(idx.split(cfg.batch_size), t.split(cfg.batch_size), strict=True)]
+    parts = {name: torch.cat(draw) for name, draw in zip(diffusion.Bound._fields, zip(*draws, strict=True), strict=True)}
+    total = sum(parts.values())
+    return {**{k: v.mean().item() for k, v in parts.items()}, "bound": total.mean().item(),
+            "bound_error": (total.std() / len(total) ** 0.5).item()}
+
+
+@torch.no_grad()
+def ce_by_noise(model, cfg, idx, bands=8):
+    """Cross-entropy at fixed noise levels: rows (t, of the network, of the context-free posterior) in nats a token.
+
+    The gap between the two is what the network has learned about context; the training loss does not show it, because
+    a fitted schedule keeps the mean at half the entropy.
+    """
+    alpha_bar, table, rows = diffusion.make_schedule(cfg, model.schedule), model.embedding(), []
+    for k in range(bands):
+        t = torch.full(idx.shape, round((k + 0.5) / bands * cfg.timesteps), device=idx.device)
+        x_0, level = table[idx], diffusion.log_snr(t, alpha_bar)
+        x_t = diffusion.add_noise(x_0, t, alpha_bar, diffusion.randn(x_0, generator(idx.device, "band", k)))
+        outputs = predictor(model, cfg)(x_t, level)[1], model.likelihood(x_t, level, table)
+        rows.append((int(t[0, 0]), *(diffusion.ce_loss(out, idx).mean().item() for out in outputs)))
+    return rows
+
+
+@torch.no_grad()
+def show_text(model, cfg, encoding, window):
+    """A free sample, one prompted by the tokens before a validation window, and that window with a hole: (name, text)s."""
+    idx, before = (part.to(model.table.device) for part in window)
+    T = min(cfg.block_size, 64)
+    idx, prompt = idx[:T].expand(3, T), before[-cfg.prompt_size:].expand(3, -1)
+    known = torch.zeros(3, T, dtype=torch.bool, device=idx.device)
+    known[2] = True
+    known[2, T // 2:T // 2 + T // 8] = False
+    mask = torch.zeros(prompt.shape, dtype=torch.bool, device=idx.device)
+    mask[1] = True
+    prompted = partial(model, prompt=prompt, prompt_mask=mask)
+    rng = [generator(idx.device, "text", i) for i in range(3)]
+    table, alpha_bar = model.embedding(), diffusion.make_schedule(cfg, model.schedule)
+    read = diffusion.make_read(cfg, table, model.vocab_size, temperature=0.9)
+    network = diffusion.guided(prompted, model, cfg.guidance_scale)
+    tokens = diffusion.generate(network, read, table, alpha_bar, idx, known, steps=min(32, cfg.timesteps), rng=rng)
+
+    def decode(ids):
+        return " ".join(encoding.decode(ids.tolist()).split())
+    hole = ~known[2]
+    return [("sample", decode(tokens[0])),
+            ("prompt", f"{decode(prompt[1])} >>> {decode(tokens[1])}"),
+            ("infill", f"{decode(idx[2, :T // 2])} [{decode(tokens[2][hole])}] {decode(idx[2, T // 2 + T // 8:])}"
+                       f" (truth: [{decode(idx[2][hole])}])")]
+
+
+def evaluate(model, cfg, windows, encoding, device):
+    """Print bound, cross-entropy by noise and text; return the numbers as a row for the log."""
+    idx = eval_windows(windows, cfg.eval_sequences).to(device)
+    row = estimate_bound(model, cfg, idx)
+    print("  bound {bound:.3f} +- {bound_error:.3f} nats a token (reconstruction {reconstruction:.3f}, diffusion "
+          "{diffusion:.3f}, prior {prior:.3f})".format(**row))
+    row["ce_by_noise"] = ce_by_noise(model, cfg, idx[:cfg.batch_size * 4])
+    print("  t: network / context-free, nats: " + "  ".join(f"{t}: {a:.2f}/{b:.2f}" for t, a, b in row["ce_by_noise"]))
+    row["text"] = show_text(model, cfg, encoding, windows[len(windows) // 2])
+    for name, text in row["text"]:
+        print(f"  {name}: {text}")
+    return row
+
+
+# ---- checkpoints ----
+
+def save_checkpoint(cfg, step, data, model, ema, optimizer, wandb_id):
+    """Write out_dir/ckpt_STEP.pt: plain types and tensors, complete or not at all; drop all but the last two."""
+    path = Path(cfg.out_dir) / f"ckpt_{step:08d}.pt"
+    content = dict(format=1, step=step, config=dataclasses.asdict(cfg), data=data, wandb_id=wandb_id,
+                   model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # a full disk is a RuntimeError of torch.save
+        temporary.unlink(missing_ok=True)
+        size = sum(p.numel() for p in model.parameters()) * 16 / 1e9
+        fail(f"could not write {path} ({error}); it needs about {size:.2f} GB, free some space and resume", code=1)
+    for old in sorted(path.parent.glob("ckpt_*.pt"))[:-2]:
+        if not cfg.keep_interval or int(old.stem[5:]) % cfg.keep_interval:
+            old.unlink()
+    return path
+
+
+def newest_checkpoint(cfg):
+    """The newest sound checkpoint of out_dir, or None if it has none; a damaged one is passed over with a warning."""
+    paths = sorted(Path(cfg.out_dir).glob("ckpt_*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+    if paths:
+        fail(f"no sound checkpoint in {cfg.out_dir}; train again without --resume in another --out_dir", code=1)
+    return None
+
+
+def check_resumable(cfg, data, checkpoint):
+    """Refuse another network or other data than the checkpoint's; print what else differs."""
+    before = checkpoint["config"]
+    fixed = [f.name for f in dataclasses.fields(ModelConfig)]
+    changed = [name for name in before if before[name] != getattr(cfg, name, before[name])]
+    for name in changed:
+        if name in fixed:
+            fail(f"{name}={getattr(cfg, name)} but the checkpoint in {cfg.out_dir} has {name}={before[name]}; "
+                 "resume with that, or choose another --out_dir")
+        if name != "resume":
+            print(f"resuming with {name}={getattr(cfg, name)}, was {before[name]}")
+    if data["fingerprint"] != checkpoint["data"]["fingerprint"]:
+        fail(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was trained on "
+             f"{checkpoint['data']['label']} ({checkpoint['data']['fingerprint']}); resume with that --dataset")
+
+
+# ---- machine ----
+
+def choose_machine(cfg):
+    """device, autocast dtype and whether to compile, each with the reason in the line that is printed."""
+    cuda = torch.cuda.is_available()
+    name = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
+    if name.startswith("cuda") and not cuda:
+        fail(f"device={name}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")
+    if name.split(":")[0] not in ("cuda", "cpu"):
+        fail(f"device={name} is not auto, cpu or cuda")
+    device = torch.device(name)
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    if device.type == "cuda" and cfg.dtype == "bfloat16" and not fast:
+        fail(f"dtype=bfloat16, but {torch.cuda.get_device_name(device)} has none; use --dtype=float32")
+    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
+    compiled = cfg.compile.lower() == "true" or cfg.compile == "auto" and device.type == "cuda"
+    if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("compile=true, but there is no C++ compiler (g++) for the CPU; install one or use --compile=false")
+    why_dtype = "asked for" if cfg.dtype != "auto" else "the hardware has it" if fast else "no fast bfloat16 here"
+    why_compile = "asked for" if cfg.compile != "auto" else "CUDA" if compiled else "CPU: starts at once; true is faster"
+    why_device = "asked for" if cfg.device != "auto" else "found" if cuda else "no CUDA device"
+    print(f"device {device} ({why_device}), dtype {str(dtype)[6:]} ({why_dtype}), compile {compiled} ({why_compile})")
+    return device, dtype, compiled
+
+
+def cpu_has_bf16():
+    """Whether the CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def flops_per_token(cfg, model):
+    """FLOPs of one training token: 6 a weight of forward and backward, 12 T n_embd a layer of attention, 2 more for each
+    weight in the share of sequences with a first guess; the table counts as the head and as the posterior mean."""
+    trunk = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim == 2)
+    table = model.table.numel()
+    attention = 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
+    return (6 + 2 * cfg.self_conditioning) * (trunk + attention + table) + (1 + cfg.self_conditioning) * 4 * table
+
+
+def peak_flops(device):
+    """Published dense bf16 FLOP/s of the CUDA device, or None."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in known.items() if key in name), None)
+
+
+def dry_run(cfg, vocab_size=50_257):
+    """Print what a run with GPT-2's vocabulary would be, from a model without memory."""
+    with torch.device("meta"):
+        model = SunFish(cfg, vocab_size)
+    n, table = sum(p.numel() for p in model.parameters()), model.table.numel() + model.bias.numel()
+    tokens = cfg.batch_size * cfg.block_size
+    layers = 1 if cfg.activation_checkpointing else cfg.n_layer
+    wide = 2 if cfg.dtype != "float32" else 4
+    activations = tokens * (layers * 34 * cfg.n_embd * wide + cfg.n_layer * cfg.n_embd * 4)
+    logits = tokens * model.table.size(0) * 4 * 3
+    print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, "
+          f"vocabulary {vocab_size:,} (GPT-2), table {model.table.size(0):,} rows")
+    print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table:,} without the table")
+    print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e9:.2f}B tokens")
+    print(f"memory, estimated: weights, gradients, AdamW and average {n * 20 / 1e9:.2f} GB, activations "
+          f"{activations / 1e9:.2f} GB, logits {logits / 1e9:.2f} GB, in all "
+          f"{(n * 20 + activations + logits) / 1e9:.2f} GB; a checkpoint {n * 16 / 1e9:.2f} GB")
+
+
+def describe_batch(cfg):
+    tokens = cfg.batch_size * cfg.block_size
+    return (f"{cfg.batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x "
+            f"{cfg.batch_tokens // tokens} accumulated")
+
+
+# ---- the loop ----
+
+class Log:
+    """Rows to out_dir/log.jsonl and, if asked, to Weights & Biases."""
+
+    def __init__(self, cfg, wandb_id):
+        self.file = open(Path(cfg.out_dir) / "log.jsonl", "a", buffering=1)
+        self.run = None
+        if cfg.wandb_log:
+            import wandb
+            try:
+                self.run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, id=wandb_id,
+                                      config=dataclasses.asdict(cfg), resume="allow")
+            except wandb.errors.UsageError as error:
+                fail(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline")
+        self.wandb_id = self.run.id if self.run else wandb_id
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+        if self.run:
+            self.run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+
+
+def train_step(model, cfg, windows, step, device, autocast):
+    """Gradients of one optimizer step, accumulated; returns the mean loss of the noised tokens."""
+    per_step = cfg.batch_tokens // cfg.block_size
+    total = torch.zeros(2, device=device)
+    for first in range(0, per_step, cfg.batch_size):
+        batch = make_batch(cfg, windows, step, range(first, first + cfg.batch_size), device)
+        with autocast():
+            loss, fit = model(batch)
+        noised = batch.t > 0
+        loss = torch.where(noised, loss, 0).sum()
+        (loss / cfg.batch_tokens + fit.sum() / per_step).backward()
+        total += torch.stack((loss.detach(), noised.sum()))
+    return (total[0] / total[1]).item()
+
+
+def catch_signals():
+    """A list that receives the first SIGINT or SIGTERM; the loop then saves and leaves. A second one leaves at once."""
+    caught = []
+
+    def note(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        caught.append(number)
+        print(f"{signal.Signals(number).name}: finishing the step, then saving; again to leave at once", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
+
+
+def main(cfg):
+    per_batch = cfg.batch_size * cfg.block_size
+    if cfg.batch_tokens % per_batch:
+        near = max(1, round(cfg.batch_tokens / per_batch)) * per_batch
+        fail(f"batch_tokens={cfg.batch_tokens:,} is not a multiple of {per_batch:,} (batch_size * block_size); "
+             f"try {near:,}")
+    if cfg.dry_run:
+        return dry_run(cfg)
+    keep_memory()
+    device, dtype, compiled = choose_machine(cfg)
+    folder = find_dataset(cfg.dataset)
+    meta = read_meta(folder)
+    encoding, vocab_size = get_tokenizer(meta["tokenizer"]), meta["vocab_size"]
+    data = {key: meta[key] for key in ("label", "fingerprint", "tokenizer", "vocab_size")}
+    train_windows, val_windows = (Windows(folder, split, cfg, vocab_size) for split in ("train", "val"))
+
+    torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
+    raw_model = SunFish(cfg, vocab_size, train_windows.unigram()).to(device)
+    ema = copy.deepcopy(raw_model).requires_grad_(False)
+    optimizer = make_optimizer(raw_model, cfg, device)
+    checkpoint = open_out_dir(cfg)
+    start = 0
+    if checkpoint:
+        check_resumable(cfg, data, checkpoint)
+        raw_model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["step"]
+    log = Log(cfg, checkpoint and checkpoint["wandb_id"])
+    loss_fn = DenoisingLoss(raw_model, cfg)
+    model = torch.compile(loss_fn) if compiled else loss_fn
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+
+    print(f"settings: {describe(cfg)}")
+    print(f"data: {data['label']}, {folder}: {len(train_windows):,} windows of {cfg.block_size}, "
+          f"tokenizer {meta['tokenizer']['name']}, {vocab_size:,} ids")
+    print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
+          f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
+    stopped, peak, flops = catch_signals(), peak_flops(device), flops_per_token(cfg, raw_model)
+    clock, clock_step, saved = time.perf_counter(), start, start
+    for step in range(start, cfg.max_steps):
+        lr = set_learning_rate(optimizer, cfg, step)
+        loss = train_step(model, cfg, train_windows, step, device, autocast)
+        limit = cfg.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_([p for p in raw_model.parameters() if p is not raw_model.schedule], limit).item()
+        if not math.isfinite(loss + grad_norm):
+            fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}; nothing was updated; resume "
+                 f"from step {saved:,} with a lower learning_rate or grad_clip", code=1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(ema, raw_model, cfg.ema_decay, step)
+
+        done, last = step + 1, step + 1 == cfg.max_steps or bool(stopped)
+        if done % cfg.log_interval == 0 or last or done == start + 1:
+            now = time.perf_counter()
+            rate = (done - clock_step) * cfg.batch_tokens / (now - clock)
+            left = (cfg.max_steps - done) * cfg.batch_tokens / rate
+            mfu = f" mfu {rate * flops / peak:.1%}" if peak else ""
+            print(f"step {done}/{cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
+                  f"{rate:,.0f} tokens/s{mfu} left {format_time(left)}", flush=True)
+            log.write(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
+                      tokens=done * cfg.batch_tokens, schedule=raw_model.schedule.tolist())
+            clock, clock_step = now, done
+        if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not stopped:
+            row = evaluate(ema, cfg, val_windows, encoding, device)
+            log.write(step=done, **row)
+            clock, clock_step = time.perf_counter(), done
+        if done % cfg.save_interval == 0 or last:
+            path = save_checkpoint(cfg, done, data, raw_model, ema, optimizer, log.wandb_id)
+            saved = done
+        if stopped:
+            print(f"saved {path}; the same command with --resume=True goes on")
+            raise SystemExit(128 + stopped[0])
+    print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={cfg.out_dir}")
+
+
+def format_time(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def open_out_dir(cfg):
+    """The checkpoint to resume, or None; a folder that holds a run is never overwritten without being asked."""
+    folder = Path(cfg.out_dir)
+    if any(folder.glob("ckpt_*.pt")) and not cfg.resume:
+        fail(f"{folder} already holds a run; continue it with --resume=True, or choose another --out_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stump in folder.glob("ckpt_*.tmp"):
+            stump.unlink()
+        (folder / "log.jsonl").touch()
+    except OSError as error:
+        fail(f"cannot write to out_dir={folder} ({error.strerror}); choose another --out_dir")
+    checkpoint = newest_checkpoint(cfg)
+    if cfg.resume and not checkpoint:
+        print(f"nothing to resume in {folder}: starting at step 0")
+    return checkpoint
+
+
+if __name__ == "__main__":
+    main(CFG)
