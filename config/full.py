@@ -1,0 +1,20 @@
+"""1.4B parameters: several GPUs, web text only."""
+dataset = "fineweb"
+out_dir = "out/full"
+n_layer = 24
+n_head = 16
+n_embd = 2048
+token_dim = 256
+cross_every = 2
+block_size = 512
+prompt_size = 64
+batch_size = 8
+batch_tokens = 128 * 512         # 128 sequences: 8, 16 times
+max_steps = 500_000              # 33B tokens
+learning_rate = 3e-4
+warmup_steps = 5000
+ema_decay = 0.9999
+activation_checkpointing = True
+eval_interval = 5000
+save_interval = 2500
+keep_interval = 50_000

@@ -1,0 +1,18 @@
+"""41.6M parameters with GPT-2's vocabulary: a day on one GPU, or a look at it on a CPU."""
+dataset = "fineweb,pydoc"
+out_dir = "out/micro"
+n_layer = 8
+n_head = 8
+n_embd = 512
+token_dim = 136
+cross_every = 1
+block_size = 512
+prompt_size = 64
+batch_size = 8
+batch_tokens = 64 * 512          # 8 sequences, 8 times
+max_steps = 60_000               # 2B tokens
+learning_rate = 1e-3
+warmup_steps = 1000
+ema_decay = 0.9995
+eval_interval = 2000
+save_interval = 1000

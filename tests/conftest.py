@@ -1,0 +1,51 @@
+"""One thread, for speed and bitwise equality; the repository's root on the path; data and vocabulary made on the spot."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"         # the subprocesses too
+
+import pytest       # noqa: E402
+import torch        # noqa: E402
+
+import configurator     # noqa: E402
+from model import SunFish       # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small():
+    """A network of two layers over 50 ids, with an output that is not zero, and its settings."""
+    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=12, prompt_size=6)
+    torch.manual_seed(0)
+    model = SunFish(cfg, 50, torch.randn(50).log_softmax(0))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.any() or name == "read.weight":      # wake up what starts at zero
+                p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder of shards of made-up sentences, 300 ids, ready for train.py."""
+    folder = tmp_path_factory.mktemp("text")
+    words = "the a small old red boat dog sea wind went saw liked under over near and then home".split()
+    choose = torch.Generator().manual_seed(0)
+    lines = [" ".join(words[i] for i in torch.randint(len(words), (30,), generator=choose)) + "." for _ in range(400)]
+    (folder / "text.jsonl").write_text("\n".join('{"text": "%s"}' % line for line in lines))
+    run(["prepare_fineweb.py", f"--source={folder / 'text.jsonl'}", "--tokenizer=corpus", "--vocab_size=300",
+         f"--out={folder / 'shards'}"])
+    return folder / "shards"
+
+
+def run(args, code=0, **options):
+    """Run one of the scripts; its exit code must be `code` and no traceback may show."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True, capture_output=True, timeout=200,
+                          **options)
+    assert done.returncode == code and "Traceback" not in done.stderr, (done.returncode, done.stdout, done.stderr)
+    return done

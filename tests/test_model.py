@@ -1,0 +1,136 @@
+"""The network: its size, its state at initialisation, given tokens, and padding that is never sampled."""
+import math
+
+import pytest
+import torch
+
+import configurator
+import diffusion
+from model import CLEAN, NOISY, SunFish, load_model, read_checkpoint
+
+
+def meta_size(name, without_table=False):
+    import train
+    cfg = configurator.load(train.Config, [f"config/{name}.py"])
+    with torch.device("meta"):
+        model = SunFish(cfg, 50_257)
+    table = model.table.numel() + model.bias.numel()
+    return sum(p.numel() for p in model.parameters()) - (table if without_table else 0)
+
+
+def test_parameter_counts(monkeypatch):
+    monkeypatch.chdir(configurator.Path(configurator.__file__).parent)
+    assert abs(meta_size("micro") / 41.6e6 - 1) < 0.02
+    assert abs(meta_size("full") / 1.4e9 - 1) < 0.03
+    assert abs(meta_size("tiny", without_table=True) / 0.5e6 - 1) < 0.15
+
+
+def test_logits_at_initialisation_are_the_context_free_posterior():
+    """log unigram + log N(x_t; a E, s^2 I) up to a constant for each position, whatever the neighbours."""
+    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=8, prompt_size=4)
+    torch.manual_seed(1)
+    log_p = torch.randn(50).log_softmax(0)
+    model = SunFish(cfg, 50, log_p)
+    table = model.embedding()
+    alpha_bar = diffusion.gumbel_schedule(1000, -1.9, 0.85, 4.0)
+    t = torch.randint(1, 1001, (4, 8))
+    x_t = diffusion.add_noise(table[torch.randint(50, (4, 8))], t, alpha_bar, torch.randn(4, 8, 16))
+    a = alpha_bar[t].float()[..., None]
+    square = (x_t[:, :, None] - a[..., None].sqrt() * table[:50]).square().sum(-1)
+    want = (log_p - square / (2 * (1 - a))).log_softmax(-1)
+    got = model(x_t, diffusion.log_snr(t, alpha_bar), torch.zeros_like(x_t))[..., :50].log_softmax(-1)
+    assert torch.allclose(got, want, atol=2e-3), (got - want).abs().max()
+
+
+def test_noise_levels_beyond_what_matters_are_clipped(small):
+    levels = small.level(torch.tensor([math.inf, -math.inf, -math.log(16.0)]))
+    assert levels.tolist() == pytest.approx([CLEAN, NOISY, 0.0], abs=1e-6)
+    assert small.precision(torch.tensor([math.inf])).isfinite().all()
+
+
+def test_rows_have_one_length_and_padding_is_never_sampled(small):
+    table = small.embedding()
+    assert table.shape == (64, 16) and torch.allclose(table.norm(dim=-1), torch.tensor(4.0))
+    x = torch.randn(2, 12, 16) * 4
+    logits = small(x, torch.full((2, 12), 8.0), x)
+    guided = diffusion.guided(lambda *_: logits, lambda *_: logits.flip(0), 7.0)()
+    assert logits.shape == (2, 12, 64)
+    for scores in (logits, guided):
+        assert (scores / 0.1).softmax(-1)[..., 50:].max() == 0 and (scores.argmax(-1) < 50).all()
+
+
+def test_a_given_token_is_read_by_the_others_and_known_at_once(small):
+    """At log_snr = infinity its own logits are certain, and changing it changes what the network says elsewhere."""
+    table, idx = small.embedding(), torch.randint(50, (1, 12))
+    level = torch.full((1, 12), -3.0)
+    level[0, 4] = math.inf
+    noise, zeros = torch.randn(1, 12, 16), torch.zeros(1, 12, 16)
+    outputs = []
+    for token in (3, 30):
+        x_t = noise.clone()
+        x_t[0, 4] = table[token]
+        outputs.append(small(x_t, level, zeros))
+        assert outputs[-1][0, 4].argmax() == token and outputs[-1][0, 4].softmax(-1).max() > 0.999
+    assert (outputs[0] - outputs[1])[0, 5].abs().max() > 1e-3
+    assert idx.shape == (1, 12)
+
+
+def test_a_hidden_prompt_is_no_prompt_and_a_visible_one_matters(small):
+    x, level = torch.randn(2, 12, 16), torch.zeros(2, 12)
+    prompt = torch.randint(50, (2, 6))
+    none = small(x, level, x)
+    hidden = small(x, level, x, prompt, torch.zeros(2, 6, dtype=torch.bool))
+    seen = small(x, level, x, prompt, torch.ones(2, 6, dtype=torch.bool))
+    assert torch.allclose(none, hidden, atol=1e-5) and (none - seen).abs().max() > 1e-3
+    short = small(x, level, x, prompt[:, 2:], torch.ones(2, 4, dtype=torch.bool))
+    masked = small(x, level, x, prompt, torch.arange(6).expand(2, 6) >= 2)
+    assert torch.allclose(short, masked, atol=1e-5)
+
+
+def test_positions_matter_even_where_all_is_noise(small):
+    """The origin design had positions only inside x_0, so its denoiser could not tell them apart at high noise."""
+    x = torch.zeros(1, 12, 16)
+    logits = small(x, torch.full((1, 12), -8.0), x)
+    assert (logits[0, 0] - logits[0, 6]).abs().max() > 1e-3
+
+
+def test_eps_objective_returns_noise_and_leaves_the_table_alone():
+    cfg = configurator.ModelConfig(n_layer=1, n_head=2, n_embd=32, token_dim=16, block_size=8, objective="eps")
+    model = SunFish(cfg, 50)
+    out = model(torch.randn(2, 8, 16), torch.zeros(2, 8), torch.zeros(2, 8, 16), torch.zeros(2, 3, dtype=torch.int64),
+                torch.ones(2, 3, dtype=torch.bool))
+    out.square().sum().backward()
+    assert out.shape == (2, 8, 16) and model.table.grad is None
+
+
+def test_a_checkpoint_gives_back_the_averaged_network(small, tmp_path):
+    import dataclasses
+    content = dict(format=1, config=dataclasses.asdict(small.cfg), data=dict(vocab_size=50), ema=small.state_dict())
+    torch.save(content, tmp_path / "a.pt")
+    again = load_model(read_checkpoint(tmp_path / "a.pt"))
+    x = torch.randn(1, 12, 16)
+    assert torch.equal(again(x, torch.zeros(1, 12), x), small(x, torch.zeros(1, 12), x))
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path, small):
+    path = tmp_path / "a.pt"
+    torch.save(dict(format=1, ema=small.state_dict()), path)
+    data = bytearray(path.read_bytes())
+    for name, content in (("flipped", data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) +
+                           data[len(data) // 2 + 1:]), ("cut", data[:1000]), ("empty", b"")):
+        path.write_bytes(bytes(content))
+        with pytest.raises(ValueError, match="a.pt"):
+            read_checkpoint(path)
+        assert name
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    sentinel = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(sentinel), "w"))
+    torch.save(dict(format=1, ema=Bomb()), tmp_path / "bomb.pt")
+    with pytest.raises(ValueError, match="bomb.pt"):
+        read_checkpoint(tmp_path / "bomb.pt")
+    assert not sentinel.exists()
