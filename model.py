@@ -12,7 +12,9 @@ import ctypes
 import dataclasses
 import math
 import pickle
+import sys
 import zipfile
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -200,6 +202,23 @@ def read_checkpoint(path):
     if not isinstance(content, dict) or content.get("format") != 1:
         raise ValueError(f"{path} is not a SunFish checkpoint of format 1")
     return content
+
+
+def find_checkpoint(place):
+    """(path, content) of the file `place`, or of the newest sound checkpoint in or below the folder; None if it has none.
+
+    A damaged file is passed over with a warning; ValueError if all are.
+    """
+    place = Path(place)
+    paths = [place] if place.is_file() else list(place.glob("ckpt_*.pt")) or list(place.rglob("ckpt_*.pt"))
+    for path in sorted(paths, key=lambda p: (p.stat().st_mtime, p.name), reverse=True):
+        try:
+            return path, read_checkpoint(path)
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise ValueError(f"no sound checkpoint in {place}")
+    return None
 
 
 def load_model(checkpoint, device="cpu"):

@@ -3,16 +3,16 @@
     python prepare_fineweb.py                                   # a billion tokens of FineWeb into data/fineweb
     python prepare_fineweb.py --source=texts/ --max_tokens=0    # .txt, .jsonl(.gz, .xz), .parquet: file, folder or glob
     python prepare_fineweb.py --source=pydoc                    # English out of Python's own documentation, offline
-    python prepare_fineweb.py --part=0/4                        # the first of four processes or machines, one folder
+    python prepare_fineweb.py --part=0/4                        # the first of four processes or machines
 
 A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16, little-endian: the format of
-llm.c and modded-nanogpt, whose shards can be read as well. An end-of-text token stands before each document. meta.json,
-written last, says what the shards are. Killed? Run the same command again: finished shards stay, the result is equal.
+llm.c and modded-nanogpt, whose shards can be read as well. An end-of-text token stands before each document. meta.json
+(meta_p000.json for part 0) says what the shards are and which documents they hold. It is replaced after each training
+shard and the validation tokens up to there, and a run that was killed goes on from it: the result is the same.
 """
 import ast
 import base64
 import collections
-import contextlib
 import functools
 import glob
 import gzip
@@ -22,30 +22,25 @@ import itertools
 import json
 import lzma
 import os
-import platform
 import re
 import sys
-import sysconfig
-import time
-import warnings
-import zlib
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from configurator import describe, fail, load
+from configurator import fail, load
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
-END_OF_TEXT = "<|endoftext|>"
-HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
-COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
-OFFLINE = "python prepare_fineweb.py --source=pydoc"
-NO_HUB = ("check the network and HF_TOKEN, set HF_ENDPOINT to a mirror, use text of your own with --source=FILE, "
-          f"or go offline: {OFFLINE}")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
+HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+ABOUT = {source: (f"{repo} sample-10BT", "ODC-By 1.0") for source, repo in HUB.items()}
+ABOUT["pydoc"] = "this Python's own documentation, the embedded corpus", "PSF-2.0"
+OFFLINE = "go offline: python prepare_fineweb.py --source=pydoc"
 
 
 @dataclass(frozen=True)
@@ -57,83 +52,64 @@ class Config:
     part: str = "0/1"                # i/n: every n-th document, from the i-th on, and an n-th of max_tokens
     out: str = ""                    # folder; "": data/<name of the source>
     val_fraction: float = 0.005      # of the documents, chosen by a hash of their text; 0: none
-    shard_tokens: int = 100_000_000  # tokens in a shard
+    shard_tokens: int = 100_000_000  # training tokens in a shard
     workers: int = 0                 # threads that tokenize; 0: one a core
     revision: str = ""               # commit of the hub's dataset; "": the newest
 
     def check(self):
+        """Raise ValueError, in one line that says what to do, for settings that cannot work."""
         parse_count(self.max_tokens)
-        parse_part(self.part)
+        i, _, n = self.part.partition("/")
+        if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+            raise ValueError(f"part={self.part} is not i/n with 0 <= i < n; write for example 0/4, 1/4, 2/4, 3/4")
         if self.tokenizer not in ("", "gpt2", "corpus"):
             raise ValueError(f"tokenizer={self.tokenizer} is not known; choose gpt2 or corpus")
-        if not 257 <= self.vocab_size <= 65536:
-            raise ValueError(f"vocab_size={self.vocab_size} is not between 257 (bytes, end of text) and 65536 (uint16)")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} is not in [0, 1); try 0.005")
-        if not 1 <= self.shard_tokens < 2 ** 31:
-            raise ValueError(f"shard_tokens={self.shard_tokens} is not in [1, 2**31); try 100_000_000")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} is negative; 0 means one a core")
+        for name, low, high in (("vocab_size", 257, 2**16), ("val_fraction", 0, 0.9), ("shard_tokens", 1, 2**31 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {low} to {high}")
 
 
 def parse_count(text):
     """"100M" as 100_000_000; ValueError if it is no such number."""
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kKMBG]?)", text)
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
     if not match:
         raise ValueError(f"max_tokens={text} is not a number of tokens; write for example 50k, 100M, 2B, or 0 for all")
-    return int(float(match[1]) * {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}[match[2]])
+    return round(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[match[2]])
 
 
-def parse_part(text):
-    """"1/4" as (1, 4); ValueError unless 0 <= i < n."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise ValueError(f"part={text} is not i/n with 0 <= i < n; write for example 0/4, 1/4, 2/4, 3/4")
-    return int(match[1]), int(match[2])
-
-
-def write_file(path, *chunks):
-    """Replace `path` by the chunks of bytes in one step: after a crash there is the old file or the new one."""
+def write_file(path, data):
+    """Replace `path` by the bytes in one step: after a crash there is the old file or the new one; OSError names it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as f:
-            for chunk in chunks:
-                f.write(chunk)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        n_bytes = sum(memoryview(chunk).nbytes for chunk in chunks)
-        fail(f"cannot write {path} ({n_bytes:,} bytes): {error.strerror}; make room and run the same command again", 1)
+        raise OSError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
 
 
 def write_shard(path, tokens):
-    """Write `tokens` (n,) uint16 as one shard; returns its entry for meta.json."""
+    """Write `tokens` (n,) as one shard; returns its entry for meta.json. OSError if that fails."""
     header = np.zeros(HEADER_BYTES // 4, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    tokens = np.ascontiguousarray(tokens, "<u2")
-    write_file(path, header, tokens)
-    return {"name": path.name, "tokens": len(tokens), "bytes": HEADER_BYTES + tokens.nbytes,
-            "blake2b": hashlib.blake2b(tokens, digest_size=16).hexdigest()}
+    data = np.asarray(tokens).astype("<u2").tobytes()
+    write_file(path, header.tobytes() + data)
+    return {"name": path.name, "tokens": len(tokens), "bytes": HEADER_BYTES + len(data),
+            "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
 
 
 def read_shard(path):
     """The tokens of a shard, a read-only memory map (n,) uint16; ValueError if the file is not exactly such a shard."""
     size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES // 4 * 4).ljust(HEADER_BYTES, b"\0"), "<i4")
-    again = "; prepare or download it again"
-    if size < HEADER_BYTES:
-        raise ValueError(f"{path}: expected a header of {HEADER_BYTES} bytes, found {size} bytes in all{again}")
-    if (header[0], header[1]) != (MAGIC, VERSION):
-        raise ValueError(f"{path}: expected magic {MAGIC}, version {VERSION}, found {header[0]}, {header[1]}{again}")
-    if header[2] < 1:
-        raise ValueError(f"{path}: expected at least one token, found a header that says {header[2]}{again}")
-    if size != HEADER_BYTES + 2 * int(header[2]):
-        raise ValueError(f"{path}: expected {HEADER_BYTES + 2 * int(header[2]):,} bytes for {header[2]:,} uint16 "
-                         f"tokens, found {size:,}{again}")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES, (int(header[2]),))
+    with open(path, "rb") as file:
+        magic, version, n = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
+    if (magic, version) != (MAGIC, VERSION) or n < 1 or size != HEADER_BYTES + 2 * n:
+        raise ValueError(f"{path}: expected magic {MAGIC}, version {VERSION}, n tokens and {HEADER_BYTES} + 2 n bytes, "
+                         f"found {magic}, {version}, {n:,} and {size:,}; prepare or download it again")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (n,))
 
 
 def find_shards(folder, split):
@@ -144,585 +120,335 @@ def find_shards(folder, split):
     return paths
 
 
+def read_parts(folder):
+    """{path: contents} of meta.json, or of the meta files of all parts that are in `folder`."""
+    return {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("meta*.json"))}
+
+
 def read_meta(folder):
-    """What the shards in `folder` are (a dict, see `finish`); ValueError if there are none or they are not finished.
+    """What the shards in `folder` are: a dict like meta.json, of all parts that are there; public shards need none.
 
-    A folder without meta.json is taken for public shards of GPT-2 tokens.
+    ValueError if there are no shards or a part is not finished.
     """
-    folder = Path(folder)
-    if (folder / "meta.json").exists():
-        try:
-            return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'meta.json'} is damaged ({error}); prepare the folder again") from None
-    unfinished = sorted(folder.glob("progress*.json"))
+    parts = read_parts(folder)
+    unfinished = [str(path) for path, part in parts.items() if not part["finished"]]
     if unfinished:
-        raise ValueError(f"{folder} is not finished ({unfinished[0].name} is there); run its prepare command again")
-    ends = [(path.name, len(tokens), int(tokens[0]), int(tokens[-1]))
-            for path in find_shards(folder, "train") for tokens in [read_shard(path)]]
-    name = f"shards in {folder}"
-    return {"source": name, "label": name, "tokenizer": {"name": "gpt2"}, "vocab_size": 50257,
-            "train_tokens": sum(end[1] for end in ends), "fingerprint": fingerprint({"name": "gpt2"}, ends)}
+        raise ValueError(f"{unfinished[0]} says that it is not finished; run its prepare command again")
+    if not parts:
+        shards = [(path.name, len(tokens), int(tokens[0]), int(tokens[-1]))
+                  for path in find_shards(folder, "train") for tokens in [read_shard(path)]]
+        return {"source": str(folder), "label": f"shards in {folder}", "tokenizer": {"name": "gpt2"},
+                "vocab_size": 50257, "train_tokens": sum(shard[1] for shard in shards),
+                "fingerprint": fingerprint({"name": "gpt2"}, shards)}
+    meta, *others = parts.values()
+    for other in others:
+        meta["shards"] += other["shards"]
+        for key in COUNTS:
+            meta[key] += other[key]
+    return meta | {"fingerprint": fingerprint(meta["tokenizer"], meta["shards"])}
 
 
-def fingerprint(spec, shards):
-    return hashlib.blake2b(json.dumps([spec, shards], sort_keys=True).encode(), digest_size=16).hexdigest()
+def fingerprint(tokenizer, shards):
+    return hashlib.blake2b(json.dumps([tokenizer, shards], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def find_dataset(names, root="data"):
-    """The folder of the first of `names` ("fineweb,pydoc": names under `root`, or paths) that has shards.
+    """The folder of the first of `names` ("fineweb,pydoc": under `root`, or paths) that has finished shards.
 
-    If none has and "pydoc" is among them, it is prepared now (under torchrun: let rank 0 call first); otherwise the
-    program ends with the command that prepares the first.
+    If none has, pydoc is prepared now if it is among them (under torchrun: by rank 0, first), or the program ends.
     """
-    items = [name.strip() for name in names.split(",") if name.strip()] or [""]
-    for item in items:
-        for folder in (Path(root) / item, Path(item)):
-            ours = (folder / "meta.json").exists()
-            if item and (ours or any(folder.glob("*train*.bin")) and not any(folder.glob("progress*.json"))):
-                return folder
+    items = [name.strip() for name in names.split(",")]
+    for folder in (folder for item in items for folder in (Path(root, item), Path(item))):
+        if any(folder.glob("*train*.bin")) and all(part["finished"] for part in read_parts(folder).values()):
+            return folder
     if "pydoc" in items:
         print(f"NO DATA for {names} in {root}/: preparing pydoc, Python's own documentation, instead", file=sys.stderr)
-        return prepare(Config(source="pydoc", out=str(Path(root) / "pydoc")))
-    fail(f"no prepared data for {names} (looked in {root}/ too); make it with: python prepare_fineweb.py"
-         + (f" --source={items[0]}" if items[0] in HUB else f" --source=FILE --out={Path(root) / items[0]}")
-         + f", or offline: {OFFLINE}")
+        return prepare(Config(source="pydoc", out=str(Path(root, "pydoc"))))
+    source = items[0] if items[0] in HUB else f"FILE --out={Path(root, items[0])}"
+    fail(f"no data for {names} in {root}/; make it with: python prepare_fineweb.py --source={source}, or {OFFLINE}")
 
 
 def get_tokenizer(spec):
-    """The tiktoken.Encoding that `spec` describes: {"name": "gpt2"}, or what `train_tokenizer` returns."""
-    import requests
+    """The tiktoken.Encoding of {"name": "gpt2"} or of what `train_tokenizer` returns; ends the program if it cannot."""
     import tiktoken
     if spec["name"] == "corpus":
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["tokens"])}
         return tiktoken.Encoding("corpus", pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                 special_tokens={END_OF_TEXT: len(ranks)})
+                                 special_tokens={"<|endoftext|>": len(ranks)})
     try:
         return tiktoken.get_encoding(spec["name"])
-    except requests.RequestException as error:
+    except OSError as error:                            # as all that requests raises
         fail(f"cannot download GPT-2's vocab.bpe and encoder.json ({type(error).__name__}); "
-             f"set TIKTOKEN_CACHE_DIR to a folder that has them, or go offline: {OFFLINE}")
+             f"set TIKTOKEN_CACHE_DIR to a folder that has them, or {OFFLINE}")
 
 
 def train_tokenizer(texts, vocab_size):
     """The spec of a byte-level BPE tokenizer with at most `vocab_size` ids (Sennrich et al. 2016, on bytes)."""
     import regex
-    counts = collections.Counter(word for text in texts for word in regex.findall(PATTERN, text) if len(word) <= 100)
-    words, repeats = [list(word.encode()) for word in counts], list(counts.values())
-    ids = {bytes([i]): i for i in range(256)}
-    tokens = list(ids)
-    pairs, places = collections.Counter(), collections.defaultdict(set)     # how often, and in which words
-    for i, word in enumerate(words):
-        for pair in itertools.pairwise(word):
-            pairs[pair] += repeats[i]
+    found = (match[0] for text in texts for match in regex.finditer(PATTERN, text) if len(match[0]) <= 100)
+    counts = collections.Counter(itertools.islice(found, 5_000_000))
+    # a character stands for an id, so that str.replace merges a pair in a word
+    words, repeats = [word.encode("utf-8", "replace").decode("latin-1") for word in counts], list(counts.values())
+    ids = {bytes([i]): chr(i) for i in range(256)}
+    spelled = {char: token for token, char in ids.items()}
+    pairs, places, changed = collections.Counter(), collections.defaultdict(set), set()     # how often, in which words
+
+    def count(i, sign):
+        for pair in map(str.__add__, words[i], words[i][1:]):
+            pairs[pair] += sign * repeats[i]
             places[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]    # counts that fell since are put right when they surface
-    heapq.heapify(heap)
-    while heap and len(tokens) < vocab_size - 1:
+            changed.add(pair)
+
+    for i in range(len(words)):
+        count(i, 1)
+    heap = sorted((-n, pair) for pair, n in pairs.items())
+    while heap and len(ids) < vocab_size - 1:
         n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:
-            heapq.heappush(heap, (-pairs[pair], pair))
+        if not 1 < pairs[pair] == -n:                   # rare, or it changed and is there again
             continue
-        if -n < 2:
-            break
-        token = tokens[pair[0]] + tokens[pair[1]]
-        new = ids.setdefault(token, len(tokens))        # tiktoken knows one id per byte string, however it was merged
-        tokens += [token] * (new == len(tokens))
-        touched = set()
-        for i in sorted(places.pop(pair)):
-            merged = merge(words[i], pair, new)
-            for old in itertools.pairwise(words[i]):
-                pairs[old] -= repeats[i]
-            for fresh in itertools.pairwise(merged):
-                pairs[fresh] += repeats[i]
-                places[fresh].add(i)
-                touched.add(fresh)
-            words[i] = merged
-        for fresh in touched:
-            if new in fresh:                            # only these can have become more frequent
-                heapq.heappush(heap, (-pairs[fresh], fresh))
-    return {"name": "corpus", "pattern": PATTERN, "tokens": [base64.b64encode(token).decode() for token in tokens]}
-
-
-def merge(word, pair, new):
-    """`word`, a list of ids, with each occurrence of `pair` replaced by `new`, from the left."""
-    merged, i = [], 0
-    while i < len(word):
-        found = word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]
-        merged.append(new if found else word[i])
-        i += 2 if found else 1
-    return merged
+        token = spelled[pair[0]] + spelled[pair[1]]
+        new = ids.setdefault(token, chr(len(ids)))      # tiktoken knows one id per byte string, however it was merged
+        spelled[new] = token
+        changed.clear()
+        for i in places.pop(pair):
+            count(i, -1)
+            words[i] = words[i].replace(pair, new)
+            count(i, 1)
+        for fresh in changed:
+            heapq.heappush(heap, (-pairs[fresh], fresh))
+    return {"name": "corpus", "pattern": PATTERN, "tokens": [base64.b64encode(token).decode() for token in ids]}
 
 
 def encode(tokenizer, text):
     """End of text, then the tokens of `text`: (n,) uint16. Special tokens that `text` spells out are ordinary text."""
-    pieces = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in cut(text)]
-    return np.concatenate([[tokenizer.eot_token], *pieces]).astype(np.uint16)
+    # cut before a word, which leaves the tokens alone: tiktoken overflows its stack on a million newlines at once
+    pieces = re.findall(r"(?s).{1,50000}(?= \S|\Z)|.{1,50000}", text)
+    tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate([[tokenizer.eot_token], *tokens]).astype(np.uint16)
 
 
-def cut(text, size=50_000):
-    """Pieces of at most `size` characters, cut before a space where there is one: the tokens stay those of the whole.
-
-    tiktoken overflows its stack on a million newlines, and its time grows faster than the length of a word.
-    """
-    start = 0
-    while len(text) - start > size:
-        space = text.rfind(" ", start + 1, start + size)
-        yield text[start:space if space > 0 else start + size]
-        start = space if space > 0 else start + size
-    yield text[start:]
-
-
-def read_source(cfg, revision):
-    """All documents of the source that are not blank, in their order, as (text, number of replaced bytes)."""
-    if cfg.source in HUB:
-        rows = read_hub(HUB[cfg.source], revision)
-    elif cfg.source == "pydoc":
-        rows = ((text, 0) for text in read_pydoc())
+def open_source(source, revision=""):
+    """(revision, its documents that are not blank, in order); a byte that is not UTF-8 is a lone surrogate in them."""
+    if source == "pydoc":
+        revision, texts = f"Python {sys.version.split()[0]}", read_pydoc()
+    elif source in HUB:
+        texts = read_hub(HUB[source], revision)
+        revision = next(texts)
     else:
-        rows = itertools.chain.from_iterable(read_file(path) for path in find_files(cfg.source))
-    for text, replaced in rows:
-        if not text.isascii():
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs, from JSON
-            text, replaced = whole, replaced + whole.count("\ufffd") - text.count("\ufffd")
-        if text.strip():
-            yield text, replaced
+        files = find_files(source)
+        revision = f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
+        texts = (text for path in files for text in read_file(path))
+    return revision, (text for text in texts if text.strip())
 
 
-def source_revision(cfg, recorded):
-    """Which version of the source: the hub's commit (the recorded one when resuming), Python's, or the files' size."""
-    if cfg.source == "pydoc":
-        return f"Python {platform.python_version()}"
-    if cfg.source not in HUB:
-        files = find_files(cfg.source)
-        return f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
-    if recorded and not cfg.revision or re.fullmatch("[0-9a-f]{40}", cfg.revision):
-        return cfg.revision or recorded
+def read_hub(repo, revision):
+    """First the commit that is read, the newest if no revision is given; then the documents."""
+    import datasets
     from huggingface_hub import HfApi
     try:
-        return HfApi().dataset_info(HUB[cfg.source], revision=cfg.revision or None, timeout=5).sha
-    except Exception as error:      # whatever the hub and the libraries below it raise
-        fail(f"cannot reach {HUB[cfg.source]} on the hub ({type(error).__name__}); {NO_HUB}")
-
-
-def read_hub(name, revision):
-    import datasets
-    try:
-        rows = datasets.load_dataset(name, "sample-10BT", split="train", streaming=True, revision=revision)
-        for row in rows.select_columns(["text"]):
-            yield row["text"], 0
-    except Exception as error:      # as above
-        fail(f"reading {name} stopped ({type(error).__name__}: {error}); run the same command to go on; {NO_HUB}", 1)
+        revision = revision or HfApi().dataset_info(repo, timeout=5).sha
+        yield revision
+        rows = datasets.load_dataset(repo, "sample-10BT", split="train", streaming=True, revision=revision)
+        yield from (row["text"] for row in rows.select_columns(["text"]))
+    except Exception as error:                          # whatever the hub and the libraries below it raise
+        raise ConnectionError(f"cannot read {repo} ({type(error).__name__}: {error}); check the network and HF_TOKEN, "
+                              f"set HF_ENDPOINT to a mirror, take --source=FILE or {OFFLINE}") from None
 
 
 def find_files(source):
-    """The files that `source` (file, folder or glob) stands for, sorted."""
-    paths = sorted(Path(source).rglob("*")) if os.path.isdir(source) else [Path(source)]
-    if not os.path.exists(source):
-        paths = sorted(map(Path, glob.glob(source, recursive=True)))
-    if not paths:
-        fail(f"source={source} is no file, folder or glob with files; or choose from {', '.join(HUB)}, pydoc")
-    files = [path for path in paths if path.is_file()]
-    known = [path for path in files if path.name.lower().endswith(SUFFIXES)]
-    if not known or len(known) < len(files) and not os.path.isdir(source):
-        other = next((path for path in files if path not in known), source)
-        fail(f"{other}: not a kind of file that can be read; give {' '.join(SUFFIXES)}")
-    if len(known) < len(files):
-        print(f"{source}: {len(files) - len(known)} files that are not {' '.join(SUFFIXES)} ignored", file=sys.stderr)
-    return known
+    """The files that `source` (file, folder or glob) stands for, sorted; ValueError if none of them can be read."""
+    pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
+    paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
+    files = sorted(Path(path) for path in paths if path.lower().endswith(SUFFIXES) and os.path.isfile(path))
+    if not files:
+        raise ValueError(f"source={source} is no file, folder or glob with {' '.join(SUFFIXES)}; give one, or pydoc")
+    return files
 
 
 def read_file(path):
-    """The documents of one file as (text, number of bytes that were not UTF-8 and are replaced)."""
-    name = path.name.lower()
-    openers = {".gz": gzip.open, ".xz": lzma.open}
+    """The documents of one file; ValueError with its name and the line or row that cannot be read."""
+    number = 1
     try:
-        if name.endswith(".txt"):
-            yield decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-        elif name.endswith(".parquet"):
-            yield from read_parquet(path)
-        else:
-            with openers.get(path.suffix.lower(), open)(path, "rb") as lines:
-                yield from read_lines(path, lines)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:    # what cut or damaged archives raise
-        fail(f"{path}: cannot be read: {error}; repair or remove it")
+        for row in read_rows(path, path.suffix.lower()):
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError('no string under the key "text"')
+            yield row["text"]
+            number += 1
+    except Exception as error:                          # json, gzip, lzma, zlib and pyarrow raise a dozen kinds
+        raise ValueError(f"{path}:{number}: cannot be read: {error}; repair or remove it") from None
 
 
-def read_lines(path, lines):
-    for number, line in enumerate(lines, 1):
-        text, replaced = decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            fail(f"{path}:{number}: not JSON: {error}; repair or remove the line")
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            fail(f'{path}:{number}: no string under the key "text"; every line must be like {{"text": "..."}}')
-        yield row["text"], replaced
-
-
-def read_parquet(path):
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if "text" not in table.schema_arrow.names:
-                fail(f'{path}: no column "text", only {", ".join(table.schema_arrow.names)}; rename the right one')
-            for batch in table.iter_batches(1000, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        fail(f'{path}: the column "text" holds {text!r:.40}, which is not a string; drop such rows')
-                    yield text, 0
-    except pyarrow.ArrowException as error:
-        fail(f"{path}: cannot be read as parquet: {error}; repair or remove it")
-
-
-def decode(data):
-    """Bytes as (text, replaced): what is not UTF-8 becomes the replacement character, and is counted."""
-    text = data.decode("utf-8", "replace")
-    return text, text.count("\ufffd") - data.count("\ufffd".encode())
+def read_rows(path, suffix):
+    if suffix == ".parquet":
+        import pyarrow.parquet
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+            yield from batch.to_pylist()
+        return
+    opened = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
+    with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for text in [file.read()] if suffix == ".txt" else file:
+            yield json.loads(text) if suffix != ".txt" and text.strip() else {"text": text}
 
 
 @functools.cache
 def read_pydoc():
     """The embedded corpus: a list of documents, one for each topic and module of this Python's documentation."""
     from pydoc_data.topics import topics
-    stdlib, seen = Path(sysconfig.get_path("stdlib")), set()
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    stdlib, skipped = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     paths = [path for path in sorted(stdlib.rglob("*.py")) if not skipped & set(path.relative_to(stdlib).parts)]
-    documents = [prose([topics[name]], seen) for name in sorted(topics)] + [prose(docstrings(p), seen) for p in paths]
-    return [document for document in documents if document]
+    documents, seen = [], set()
+    for text in [topics[name] for name in sorted(topics)] + [docstrings(path) for path in paths]:
+        blocks = [block for block in re.split(r"\n\s*\n", text) if is_prose(block)]
+        paragraphs = dict.fromkeys(" ".join(block.split()) for block in blocks)
+        documents.append("\n\n".join(paragraph for paragraph in paragraphs if paragraph not in seen))
+        seen.update(paragraphs)
+    return documents
 
 
 def docstrings(path):
-    """All docstrings of a source file, which is parsed, not run."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # invalid escapes in old modules
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):           # templates and samples that are not Python
-            return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    nodes = ast.walk(ast.parse(path.read_bytes()))
+    return "\n\n".join(ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds))
 
 
-def prose(texts, seen):
-    """One document of the paragraphs that read like English and are not in `seen` yet."""
-    kept = []
-    for block in itertools.chain.from_iterable(re.split(r"\n\s*\n", text) for text in texts):
-        paragraph = " ".join(block.split())
-        if is_prose(block, paragraph) and paragraph not in seen:
-            seen.add(paragraph)
-            kept.append(paragraph)
-    return "\n\n".join(kept)
-
-
-def is_prose(block, paragraph):
+def is_prose(block):
     """Sentences, not tables, signatures, lists, doctests or underlined titles."""
     if re.search(r">>>|\.\.\. |\S {3,}\S|::=|->|[=_*#|~-]{3}|[{}\\<>|@]|^\s*[-*+:|\d]|\w+ -- ", block, re.M):
         return False
-    words = paragraph.split()
+    words = block.split()
     plain = sum(bool(re.fullmatch(r"[\"'(]?[A-Za-z][a-z'-]*[)\"']?[.,;:?!)]*", word)) for word in words)
-    return len(words) >= 8 and plain >= 0.75 * len(words) and bool(re.match(r"[A-Z].*[.?!:]$", paragraph))
-
-
-class ShardWriter:
-    """Collects tokens and writes a shard of `size` once more than that are there, so that the last is never empty.
-
-    Calls `save` before each shard, so that no shard is ever in a folder without a word about its origin.
-    """
-
-    def __init__(self, path, size, save, shards=()):
-        self.path, self.size, self.save, self.shards = str(path), size, save, list(shards)
-        self.pending, self.n_pending, self.total = [], 0, sum(shard["tokens"] for shard in shards)
-
-    def add(self, tokens):
-        self.pending.append(tokens)
-        self.n_pending += len(tokens)
-        self.total += len(tokens)
-        while self.n_pending > self.size:
-            self.write(self.take(self.n_pending), self.size)
-
-    def take(self, n):
-        """Remove and return the last n tokens that no shard has yet."""
-        tokens = np.concatenate([np.zeros(0, np.uint16), *self.pending])
-        keep = len(tokens) - n
-        self.pending, self.n_pending, self.total = [tokens[:keep]], keep, self.total - n
-        return tokens[keep:]
-
-    def write(self, tokens, n):
-        self.save()
-        self.shards.append(write_shard(Path(f"{self.path}_{len(self.shards):06d}.bin"), tokens[:n]))
-        self.pending, self.n_pending, self.total = [tokens[n:]], len(tokens) - n, self.total + len(tokens)
-
-    def flush(self):
-        if self.n_pending:
-            self.write(self.take(self.n_pending), self.size)
+    return len(words) >= 8 and plain >= 0.75 * len(words) and bool(re.match(r"[A-Z].*[.?!:]$", " ".join(words)))
 
 
 def prepare(cfg):
-    """Write the shards and meta.json of `cfg`; returns their folder. A user's mistake ends the program."""
-    out = Path(cfg.out or Path("data") / (cfg.source if cfg.source in (*HUB, "pydoc") else source_name(cfg.source)))
-    i, n = parse_part(cfg.part)
-    suffix = f"_p{i:03d}" if n > 1 else ""
-    with lock(out, suffix):
-        if not prepare_part(cfg, out, suffix):
-            print(f"{out} is already prepared: {summary(read_meta(out))}")
-        elif finish(out, n):
-            print(f"{out}: {summary(read_meta(out))}")
-        else:
-            print(f"{out}: part {cfg.part} is done; meta.json is written with the last part")
-    return out
-
-
-def prepare_part(cfg, out, suffix):
-    """Write the shards and progress.json of one part of the documents; False if meta.json was there already."""
-    path = out / f"progress{suffix}.json"
-    state = recorded_state(cfg, out, path)
-    if state.get("finished"):
-        return path.exists()
-    if "tokenizer" not in state:
-        state["tokenizer"] = make_tokenizer(cfg, state["settings"]["revision"])
-    save = functools.partial(write_json, path, state)
-    train = ShardWriter(out / f"train{suffix}", cfg.shard_tokens, save, state.get("shards", ()))
-    val = ShardWriter(out / f"val{suffix}", cfg.shard_tokens, save)
-    print(f"{describe(cfg)}; {state['settings']['revision']}", file=sys.stderr)
-    if train.shards:
-        print(f"resuming after {train.shards[-1]['name']}", file=sys.stderr)
-    documents, replaced = write_documents(cfg, state, train, val, save)
-    if not train.total + val.total:
-        fail(f"no tokens in source={cfg.source}, nothing written; give it text that is not blank")
-    if cfg.val_fraction:
-        balance(train, val)
-    train.flush()
-    val.flush()
-    state.update(finished=True, documents=documents, replaced=replaced, train_tokens=train.total,
-                 val_tokens=val.total, shards=train.shards + val.shards)
-    save()
-    return True
-
-
-def write_documents(cfg, state, train, val, save):
-    """Encode all documents of a part into the two writers; returns how many there were, and the bytes replaced."""
-    (i, n), source = parse_part(cfg.part), read_source(cfg, state["settings"]["revision"])
-    goal, tokenizer = -(-parse_count(cfg.max_tokens) // n), get_tokenizer(state["tokenizer"])
-    first, skip = state.get("next", (0, 0))             # in which document, and where, the last finished shard ends
-    n_documents = n_replaced = 0
-    progress = Progress(goal, train.total)
-    for replaced, is_val, tokens in encode_all(itertools.islice(source, i, None, n), tokenizer, cfg, first):
-        if is_val:
-            val.add(tokens)
-        elif n_documents >= first:
-            start, n_shards = skip if n_documents == first else 0, len(train.shards)
-            tokens = tokens[start:][:goal - train.total if goal else None]
-            train.add(tokens)
-            if len(train.shards) > n_shards:            # what is pending now is the end of this document
-                state.update(shards=train.shards, next=(n_documents, start + len(tokens) - train.n_pending))
-                save()
-        n_documents, n_replaced = n_documents + 1, n_replaced + replaced
-        progress.show(train.total + val.total)
-        if goal and train.total >= goal:
-            break
-    progress.show(train.total + val.total, last=True)
-    return n_documents, n_replaced
-
-
-def recorded_state(cfg, out, path):
-    """What is known of this part: its settings and what an earlier run did; ends the program on other settings."""
-    files = [file for file in (out / "meta.json", path, *out.glob("progress*.json")) if file.exists()]
-    old = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
-    was = old.get("settings", {})
-    settings = settings_of(cfg, was.get("revision") if was.get("source") == cfg.source else None)
-    if files and was != settings:
-        differs = [f"{key} {was.get(key)} there, {new} now" for key, new in settings.items() if was.get(key) != new]
-        fail(f"{out} was prepared with other settings: {'; '.join(differs)}; choose another --out or delete it")
-    if not files and any(out.glob("*.bin")):
-        fail(f"{out} has shards of other origin; choose another --out, or delete them")
-    if files and files[0] not in (path, out / "meta.json"):
-        return {"settings": settings, "tokenizer": old["tokenizer"]}        # another part was here before
-    whole = all(shard_is_whole(out, shard) for shard in old.get("shards", ()))
-    return old if files and whole else {"settings": settings}
-
-
-def settings_of(cfg, recorded):
-    """All that decides what the shards hold; a folder keeps to one of these."""
-    kind = tokenizer_name(cfg)
-    return {"source": cfg.source if cfg.source in (*HUB, "pydoc") else os.path.basename(os.path.normpath(cfg.source)),
-            "revision": source_revision(cfg, recorded), "tokenizer": kind,
-            "vocab_size": cfg.vocab_size if kind == "corpus" else 50257,
-            "max_tokens": parse_count(cfg.max_tokens), "parts": parse_part(cfg.part)[1],
-            "val_fraction": cfg.val_fraction, "shard_tokens": cfg.shard_tokens}
-
-
-def tokenizer_name(cfg):
-    return cfg.tokenizer or ("corpus" if cfg.source == "pydoc" else "gpt2")
-
-
-def shard_is_whole(out, shard):
-    path = out / shard["name"]
-    return path.exists() and path.stat().st_size == shard["bytes"]
-
-
-def make_tokenizer(cfg, revision):
-    """The spec of the tokenizer `cfg` asks for; a corpus tokenizer sees the first 20 million characters."""
-    if tokenizer_name(cfg) == "gpt2":
-        return {"name": "gpt2"}
-    texts, left = [], 20_000_000
-    for text, _ in read_source(cfg, revision):
-        texts.append(text[:left])
-        left -= len(texts[-1])
-        if left <= 0:
-            break
-    spec = train_tokenizer(texts, cfg.vocab_size)
-    if texts and len(spec["tokens"]) + 1 < cfg.vocab_size:
-        print(f"the text is too small for vocab_size={cfg.vocab_size}: {len(spec['tokens']) + 1} ids", file=sys.stderr)
-    return spec
-
-
-def encode_all(documents, tokenizer, cfg, first):
-    """(replaced bytes, is it for validation, tokens) of each document in order, encoded by threads.
-
-    Training documents before the first are already in shards and come without tokens. Threads suffice because
-    tiktoken releases the interpreter's lock; the queue is short, so memory stays flat.
-    """
-    def work(batch):
-        return [encode_one(*row, tokenizer, cfg.val_fraction, is_done=index < first) for index, row in batch]
-
-    queue, workers = collections.deque(), cfg.workers or os.cpu_count()
-    with ThreadPoolExecutor(workers) as pool:
-        for batch in batches(enumerate(documents)):
-            queue.append(pool.submit(work, batch))
-            if len(queue) > 2 * workers:
-                yield from queue.popleft().result()
-        while queue:
-            yield from queue.popleft().result()
-
-
-def encode_one(text, replaced, tokenizer, val_fraction, is_done):
-    # by a hash, the same text is on the same side whatever the order or the part
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    is_val = int.from_bytes(digest, "little") < val_fraction * 2 ** 64
-    return replaced, is_val, None if is_done and not is_val else encode(tokenizer, text)
-
-
-def batches(rows, size=200_000):
-    """Lists of rows (index, (text, replaced)) with about `size` characters of text each."""
-    batch, n = [], 0
-    for row in rows:
-        batch.append(row)
-        n += len(row[1][0])
-        if n >= size:
-            yield batch
-            batch, n = [], 0
-    yield batch
-
-
-def balance(train, val):
-    """A small source has no or hardly any validation documents: then the last training tokens become validation.
-
-    8192 tokens or a twentieth of all, whichever is less, are the least that is useful.
-    """
-    if not train.total:
-        train.add(val.take(val.n_pending))
-    wanted = max(1, min((train.total + val.total) // 20, 8192))
-    short = min(wanted - val.total, train.n_pending - (len(train.shards) == 0))
-    if short > 0:
-        val.add(train.take(short))
-
-
-def finish(out, n):
-    """Write meta.json (and tokenizer.json) once all n parts are done; True if they are."""
-    paths = sorted(out.glob("progress*.json"))
-    parts = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    if len(parts) < n or not all(part.get("finished") for part in parts):
-        return False
-    settings, spec = parts[0]["settings"], parts[0]["tokenizer"]
-    source, revision = settings["source"], settings["revision"]
-    known = {name: (f"{name}: {repo} sample-10BT ({revision[:10]})", "ODC-By 1.0") for name, repo in HUB.items()}
-    known["pydoc"] = f"pydoc: this Python's own documentation (embedded corpus, {revision})", "PSF-2.0"
-    label, licence = known.get(source, (f"{source} ({revision})", "yours"))
-    shards = [shard for part in parts for shard in part["shards"]]
-    meta = {"source": source, "label": label, "revision": revision, "licence": licence, "tokenizer": spec,
-            "vocab_size": get_tokenizer(spec).n_vocab,
-            **{key: sum(part[key] for part in parts) for key in COUNTS},
-            "shards": shards, "fingerprint": fingerprint(spec, shards), "settings": settings, "finished": True}
-    if spec["name"] == "corpus":
-        write_json(out / "tokenizer.json", spec)
-    write_json(out / "meta.json", meta)
-    for path in paths:
-        path.unlink(missing_ok=True)
-    return True
-
-
-def write_json(path, value):
-    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-@contextlib.contextmanager
-def lock(folder, suffix):
-    """Hold the lock of a folder that is made if need be; ends the program if another process holds it."""
-    import fcntl                                        # not on Windows, where shards can still be read
-    path, is_new = folder / f"prepare{suffix}.lock", not folder.exists()
+    """Write the shards and the meta file of `cfg`; returns their folder. A mistake or a fault ends the program."""
+    i, n = map(int, cfg.part.split("/"))
+    name = re.sub(r"[^\w-]+", "_", Path(cfg.source).name.split(".")[0]).strip("_") or "text"
+    path = Path(cfg.out or f"data/{name}", "meta.json" if n == 1 else f"meta_p{i:03d}.json")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")
+        meta = open_meta(cfg, path)
+        print(f"{path.parent}: {meta['label']}" + (" is already prepared" if meta["finished"] else ""))
+        if not meta["finished"]:
+            with lock(path.with_suffix(".lock")):
+                write_shards(cfg, meta, path)
+    except ValueError as error:
+        fail(error)
     except OSError as error:
-        fail(f"cannot write in {folder}: {error.strerror}; choose another --out")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another prepare_fineweb.py is at work in {folder}; wait for it or choose another --out")
-        for leftover in folder.glob("*.tmp"):           # of a run that was killed
-            if suffix in leftover.name:
-                leftover.unlink()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if is_new:
-                with contextlib.suppress(OSError):      # not empty: the usual case
-                    os.removedirs(folder)
-
-
-class Progress:
-    """One line on stderr: tokens, speed, time left; redrawn on a terminal, else a new line every ten seconds."""
-
-    def __init__(self, goal, before):
-        self.goal, self.before, self.start = goal, before, time.monotonic()
-        self.shown, self.every = self.start, 0.2 if sys.stderr.isatty() else 10
-
-    def show(self, tokens, last=False):
-        now = time.monotonic()
-        if now - self.shown < self.every and not (last and self.every < 1):
-            return
-        self.shown, speed = now, (tokens - self.before) / max(now - self.start, 1e-3)
-        left = f", {max(self.goal - tokens, 0) / max(speed, 1) / 60:.1f} min left" if self.goal else ""
-        start, end = ("\r", "\n" if last else "") if self.every < 1 else ("", "\n")
-        print(f"{start}{tokens:,} tokens, {speed:,.0f} tokens/s{left}   ", end=end, file=sys.stderr, flush=True)
-
-
-def source_name(source):
-    """A folder name out of a path or glob: texts/a b.jsonl.gz gives a_b."""
-    name = os.path.basename(os.path.normpath(source)).split(".")[0]
-    return re.sub(r"[^\w-]+", "_", name).strip("_") or "text"
-
-
-def summary(meta):
-    replaced = f", {meta['replaced']:,} bytes that were not UTF-8 replaced" if meta["replaced"] else ""
-    return (f"{meta['label']}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and "
-            f"{meta['val_tokens']:,} validation tokens in {len(meta['shards'])} shards, "
-            f"{meta['vocab_size']:,} ids{replaced}")
-
-
-def main():
-    cfg = load(Config)
-    try:
-        prepare(cfg)
+        fail(f"{error}; mend that and run the same command again to go on", 1)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", 130)
+    print(f"{path}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
+          f"validation tokens, {meta['vocab_size']:,} ids, {meta['replaced']:,} bytes that were not UTF-8 replaced")
+    return path.parent
+
+
+def lock(path):
+    """The file `path`, locked until it is closed; ValueError if another process holds the lock."""
+    import fcntl                                        # not on Windows, where shards can still be read
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another prepare_fineweb.py is at work in {path.parent}; wait for it") from None
+    return file
+
+
+def open_meta(cfg, path):
+    """The meta file of a part, or what a new one begins with; ValueError if the folder has other shards."""
+    parts, folder, name = read_parts(path.parent), path.parent, Path(cfg.source).name
+    recorded = next(iter(parts.values()), {}).get("settings", {})
+    revision, texts = open_source(cfg.source, cfg.revision or recorded.get("revision"))
+    kind = cfg.tokenizer or ("corpus" if name == "pydoc" else "gpt2")
+    settings = {"source": name, "revision": revision, "tokenizer": kind,
+                "vocab_size": cfg.vocab_size if kind == "corpus" else 50257, "max_tokens": parse_count(cfg.max_tokens),
+                "parts": int(cfg.part.split("/")[1]), "val_fraction": cfg.val_fraction,
+                "shard_tokens": cfg.shard_tokens}
+    if parts and settings != recorded:
+        other = ", ".join(f"{key}={recorded.get(key)}" for key in settings if recorded.get(key) != settings[key])
+        raise ValueError(f"{folder} was prepared with {other}; choose another --out or delete it")
+    if any(not shard.name.startswith(("train_", "val_")) for shard in folder.glob("*.bin")):
+        raise ValueError(f"{folder} has shards of other origin; choose another --out")
+    if path in parts and all((folder / shard["name"]).exists() for shard in parts[path]["shards"]):
+        return parts[path]
+    first = next(texts, None)
+    if not first:
+        raise ValueError(f"no tokens in source={cfg.source}, nothing written; give it text that is not blank")
+    texts = itertools.chain([first], texts)
+    spec = train_tokenizer(texts, cfg.vocab_size) if kind == "corpus" else {"name": "gpt2"}
+    about, licence = ABOUT.get(cfg.source, ("text of your own", "yours"))
+    return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
+            "tokenizer": spec, "vocab_size": get_tokenizer(spec).n_vocab, **dict.fromkeys(COUNTS, 0), "offset": 0,
+            "shards": [], "settings": settings, "finished": False}
+
+
+def write_shards(cfg, meta, path):
+    """Read on where `meta` ends, and write the shards of a part to its end, with `meta` to `path` after each."""
+    (i, n), size = map(int, cfg.part.split("/")), cfg.shard_tokens
+    goal = -(-parse_count(cfg.max_tokens) // n) or sys.maxsize         # training tokens of this part
+    _, texts = open_source(cfg.source, meta["revision"])
+    texts = itertools.islice(texts, i + n * meta["documents"], None, n)
+    train, val = array("H"), array("H")                 # tokens that no shard has yet
+    start = meta["offset"]                              # in the first document: the last shard ends there
+    for tokens, is_val, replaced in encode_all(texts, cfg, meta, goal):
+        (val if is_val else train).frombytes(tokens[start:].tobytes())
+        start = 0
+        while len(train) > size and meta["train_tokens"] + size < goal:
+            meta["offset"] = len(tokens) - len(train) + size
+            save(path, meta, train[:size], val)
+            del train[:size], val[:]
+        meta["documents"] += 1
+        meta["replaced"] += replaced
+        if meta["train_tokens"] + len(train) >= goal:
+            break
+    del train[goal - meta["train_tokens"]:]
+    meta.update(offset=0, finished=True)
+    save(path, meta, *balance(train, val, meta))
+    path.with_suffix(".lock").unlink()
+
+
+def balance(train, val, meta):
+    """A small source has hardly a document for validation: then its last tokens make 8192, or a twentieth of all."""
+    if not train and not meta["train_tokens"]:
+        train, val = val, train
+    total = len(train) + len(val) + meta["train_tokens"] + meta["val_tokens"]
+    missing = max(1, min(total // 20, 8192)) - len(val) - meta["val_tokens"]
+    keep = max(1, len(train) - max(0, missing)) if meta["settings"]["val_fraction"] else len(train)
+    return train[:keep], val + train[keep:]
+
+
+def encode_all(texts, cfg, meta, goal):
+    """(tokens, is it for validation, bytes replaced) of each text in order, by threads: tiktoken releases the GIL."""
+    from tqdm import tqdm
+    tokenizer = get_tokenizer(meta["tokenizer"])
+
+    def encode_one(text):
+        text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()     # the same in any order and part
+        return encode(tokenizer, text), int.from_bytes(digest, "little") < cfg.val_fraction * 2**64, replaced
+
+    with (ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool,
+          tqdm(total=goal if goal < sys.maxsize else None, initial=meta["train_tokens"], unit=" tokens",
+               unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar):
+        batches = iter(lambda: list(itertools.islice(texts, 256)), [])
+        encoded = itertools.chain((pool.map(encode_one, batch) for batch in batches), [()])
+        for rows, _ in itertools.pairwise(encoded):     # the next batch is read and at work by then
+            for row in rows:
+                bar.update(len(row[0]))
+                yield row
+
+
+def save(path, meta, train, val):
+    """Write a training shard, the validation tokens met on the way to its end, and then `meta`."""
+    number = meta["train_tokens"] // meta["settings"]["shard_tokens"]
+    for split, tokens in (("train", train), ("val", val)):
+        if tokens:
+            name = f"{path.stem.replace('meta', split)}_{number:06d}.bin"
+            meta["shards"].append(write_shard(path.with_name(name), tokens))
+            meta[f"{split}_tokens"] += len(tokens)
+    meta.update(fingerprint=fingerprint(meta["tokenizer"], meta["shards"]))
+    write_file(path, (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":
-    main()
+    prepare(load(Config))

@@ -61,7 +61,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import keep_memory, load_model, read_checkpoint
+from model import find_checkpoint, keep_memory, load_model
 from prepare_fineweb import get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -70,20 +70,6 @@ DEFAULT_BLANK = 4                                 # tokens in a [MASK] without a
 
 def say(*words):
     print(*words, file=sys.stderr, flush=True)
-
-
-def find_checkpoint(name):
-    """The content of the named file, of the newest file of the named run, or of the newest run under out/."""
-    path = Path(name or "out")
-    if path.is_dir():
-        found = sorted(path.rglob("ckpt_*.pt"), key=lambda p: (p.stat().st_mtime, p.name))
-        path = found[-1] if found else path
-    if not path.is_file():
-        fail(f"no checkpoint at {path}; train one with `python train.py config/tiny.py`, or name it with --checkpoint")
-    try:
-        return path, read_checkpoint(path)
-    except ValueError as error:
-        fail(error)
 
 
 def read_prompts(text):
@@ -164,7 +150,12 @@ def sample(model, cfg, canvas, numbers, watch, steps):
 
 def main(cfg):
     keep_memory()
-    path, checkpoint = find_checkpoint(cfg.checkpoint)
+    try:
+        found = find_checkpoint(cfg.checkpoint or "out")
+    except ValueError as error:
+        fail(f"{error}; train again, or name another with --checkpoint", code=1)
+    path, checkpoint = found or fail(f"no checkpoint at {cfg.checkpoint or 'out'}; train one with "
+                                     "`python train.py config/tiny.py`, or name it with --checkpoint")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         fail(f"device={cfg.device}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")

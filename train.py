@@ -51,29 +51,38 @@ class Config(ModelConfig):
     wandb_project: str = "sunfish"       # its project
 
     def check(self):
-        positive = ("batch_size batch_tokens max_steps learning_rate log_interval save_interval eval_sequences").split()
-        for name in positive:
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "eval_interval", "keep_interval"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative; 0 is off")
-        for name in ("p_independent", "p_given", "self_conditioning", "conditioning_dropout", "ema_decay"):
-            require(0 <= getattr(self, name) <= 1, f"{name}={getattr(self, name)} must lie in 0 .. 1")
-        require(self.p_independent + self.p_given <= 1, f"p_independent={self.p_independent} and p_given={self.p_given} "
-                "add up to more than 1; lower one of them")
-        require(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype} is not auto, float32 or bfloat16")
-        require(self.compile.lower() in ("auto", "true", "false"), f"compile={self.compile} is not auto, true or false")
+        """Raise ValueError, in one line that says what to do, for settings that cannot work."""
         super().check()
+        for names, low, high in (
+                ("batch_size batch_tokens max_steps log_interval save_interval eval_sequences", 1, 1e18),
+                ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
+                ("p_independent p_given self_conditioning conditioning_dropout ema_decay", 0, 1),
+                ("learning_rate", 1e-12, 1e3)):
+            for name in names.split():
+                if not low <= getattr(self, name) <= high:
+                    raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {low:g} to {high:g}")
+        if self.p_independent + self.p_given > 1:
+            raise ValueError(f"p_independent={self.p_independent} and p_given={self.p_given} add up to more than 1; "
+                             "lower one of them")
+        for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false")):
+            if getattr(self, name) not in known.split():
+                raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {known}")
+        batch = self.batch_size * self.block_size
+        if self.batch_tokens % batch:
+            near = max(1, round(self.batch_tokens / batch)) * batch
+            raise ValueError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} (batch_size * "
+                             f"block_size); try {near:,}")
 
-
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
+    @property
+    def samples(self):
+        """Sequences in an optimizer step."""
+        return self.batch_tokens // self.block_size
 
 
 if __name__ == "__main__":
     CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
 
-import copy
+import copy                 # noqa: E402
 import dataclasses
 import json
 import math
@@ -85,14 +94,19 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
+
 import diffusion
 from diffusion import generator, mix
-from model import SunFish, keep_memory, read_checkpoint
+from model import SunFish, find_checkpoint, keep_memory
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, read_meta, read_shard
+
+SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
 
 
 # ---- data: every batch is a function of (seed, step, index of the sample) ----
@@ -132,8 +146,8 @@ class Windows:
         ids = self.shards[k][before:start + self.cfg.block_size].astype(np.int64)
         if ids.max() >= self.vocab_size:
             at = int((ids >= self.vocab_size).argmax())
-            raise ValueError(f"{self.paths[k]}: id {ids[at]} at token {before + at} is not below the vocabulary of "
-                             f"{self.vocab_size}; these shards were made with another tokenizer")
+            fail(f"{self.paths[k]}: id {ids[at]} at token {before + at} is not below the vocabulary of "
+                 f"{self.vocab_size}; these shards were made with another tokenizer, prepare them again")
         ids = torch.from_numpy(ids)
         return ids[start - before:], ids[:start - before]
 
@@ -142,6 +156,17 @@ class Windows:
         count = sum(np.bincount(shard[:tokens // len(self.shards)], minlength=self.vocab_size) for shard in self.shards)
         count = count[:self.vocab_size] + 0.5
         return torch.from_numpy(np.log(count / count.sum())).float()
+
+
+def open_data(cfg):
+    """What a checkpoint keeps of the dataset, and its training and validation windows."""
+    try:
+        folder = find_dataset(cfg.dataset)
+        meta = read_meta(folder)
+        splits = (Windows(folder, split, cfg, meta["vocab_size"]) for split in ("train", "val"))
+        return {key: meta[key] for key in ("label", "fingerprint", "tokenizer", "vocab_size")}, *splits
+    except ValueError as error:
+        fail(error)
 
 
 class Batch(NamedTuple):
@@ -175,7 +200,7 @@ def noise_levels(cfg, step, i, rng):
 
     The common level is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order.
     """
-    T, n = cfg.block_size, cfg.batch_tokens // cfg.block_size
+    T, n = cfg.block_size, cfg.samples
     common = (permute(i, n, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / n
     kind, own = torch.rand((), generator=rng).item(), torch.rand(T, generator=rng, dtype=torch.float64)
     u = own if kind < cfg.p_independent else torch.full((T,), common, dtype=torch.float64)
@@ -187,8 +212,8 @@ def noise_levels(cfg, step, i, rng):
 
 def make_sample(cfg, windows, step, i, device):
     """Sample i of an optimizer step: idx, t, eps, prompt, prompt_mask and common of a Batch, without the leading B."""
-    T, P, n = cfg.block_size, cfg.prompt_size, cfg.batch_tokens // cfg.block_size
-    epoch, place = divmod(step * n + i, len(windows))
+    T, P = cfg.block_size, cfg.prompt_size
+    epoch, place = divmod(step * cfg.samples + i, len(windows))
     idx, before = windows[permute(place, len(windows), mix(cfg.seed, epoch))]
     rng = generator("cpu", cfg.seed, step, i)
     t, common = noise_levels(cfg, step, i, rng)
@@ -206,9 +231,6 @@ def make_batch(cfg, windows, step, samples, device):
     made = [make_sample(cfg, windows, step, i, device) for i in sorted(samples, key=lambda i: (i not in guess, i))]
     fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*made, strict=True))
     return Batch(*fields, len(guess))
-
-
-SCHEDULE_RATE = 3e-3        # learning rate of the schedule's three scalars
 
 
 # ---- the loss ----
@@ -385,19 +407,6 @@ def save_checkpoint(cfg, step, data, model, ema, optimizer, wandb_id):
     return path
 
 
-def newest_checkpoint(cfg):
-    """The newest sound checkpoint of out_dir, or None if it has none; a damaged one is passed over with a warning."""
-    paths = sorted(Path(cfg.out_dir).glob("ckpt_*.pt"), reverse=True)
-    for path in paths:
-        try:
-            return read_checkpoint(path)
-        except ValueError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
-    if paths:
-        fail(f"no sound checkpoint in {cfg.out_dir}; train again without --resume in another --out_dir", code=1)
-    return None
-
-
 def check_resumable(cfg, data, checkpoint):
     """Refuse another network or other data than the checkpoint's; print what else differs."""
     before = checkpoint["config"]
@@ -419,32 +428,30 @@ def check_resumable(cfg, data, checkpoint):
 def choose_machine(cfg):
     """device, autocast dtype and whether to compile, each with the reason in the line that is printed."""
     cuda = torch.cuda.is_available()
-    name = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
-    if name.startswith("cuda") and not cuda:
-        fail(f"device={name}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")
-    if name.split(":")[0] not in ("cuda", "cpu"):
-        fail(f"device={name} is not auto, cpu or cuda")
-    device = torch.device(name)
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
-    if device.type == "cuda" and cfg.dtype == "bfloat16" and not fast:
+    device, why_device = (("cuda", "found") if cuda else ("cpu", "no CUDA device")) if cfg.device == "auto" else \
+        (cfg.device, "asked for")
+    if device.split(":")[0] not in ("cuda", "cpu") or device.startswith("cuda") and not cuda:
+        fail(f"device={device}, but torch {torch.__version__} sees {'cuda and' if cuda else 'no CUDA device, only the'} "
+             "cpu; use --device=cpu or auto")
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()
+    if cfg.dtype == "bfloat16" and on_gpu and not fast:
         fail(f"dtype=bfloat16, but {torch.cuda.get_device_name(device)} has none; use --dtype=float32")
-    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.dtype) or getattr(torch, cfg.dtype)
-    compiled = cfg.compile.lower() == "true" or cfg.compile == "auto" and device.type == "cuda"
-    if compiled and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("compile=true, but there is no C++ compiler (g++) for the CPU; install one or use --compile=false")
+    dtype = (torch.bfloat16 if fast else torch.float32) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     why_dtype = "asked for" if cfg.dtype != "auto" else "the hardware has it" if fast else "no fast bfloat16 here"
-    why_compile = "asked for" if cfg.compile != "auto" else "CUDA" if compiled else "CPU: starts at once; true is faster"
-    why_device = "asked for" if cfg.device != "auto" else "found" if cuda else "no CUDA device"
+    compiled = on_gpu if cfg.compile == "auto" else cfg.compile == "true"
+    if compiled and not on_gpu and not shutil.which(os.environ.get("CXX", "g++")):
+        fail("compile=true, but there is no C++ compiler (g++) for the CPU; install one or use --compile=false")
+    why_compile = "asked for" if cfg.compile != "auto" else "CUDA" if on_gpu else "true takes a minute, then is faster"
     print(f"device {device} ({why_device}), dtype {str(dtype)[6:]} ({why_dtype}), compile {compiled} ({why_compile})")
     return device, dtype, compiled
 
 
 def cpu_has_bf16():
     """Whether the CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -484,9 +491,8 @@ def dry_run(cfg, vocab_size=50_257):
 
 
 def describe_batch(cfg):
-    tokens = cfg.batch_size * cfg.block_size
     return (f"{cfg.batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x "
-            f"{cfg.batch_tokens // tokens} accumulated")
+            f"{cfg.samples // cfg.batch_size} accumulated")
 
 
 # ---- the loop ----
@@ -509,20 +515,22 @@ class Log:
     def write(self, **row):
         self.file.write(json.dumps(row) + "\n")
         if self.run:
-            self.run.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row["step"])
+            import wandb
+            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+            text = {"text": wandb.Table(["kind", "text"], row["text"])} if "text" in row else {}
+            self.run.log({**numbers, **text}, step=row["step"])
 
 
 def train_step(model, cfg, windows, step, device, autocast):
     """Gradients of one optimizer step, accumulated; returns the mean loss of the noised tokens."""
-    per_step = cfg.batch_tokens // cfg.block_size
     total = torch.zeros(2, device=device)
-    for first in range(0, per_step, cfg.batch_size):
+    for first in range(0, cfg.samples, cfg.batch_size):
         batch = make_batch(cfg, windows, step, range(first, first + cfg.batch_size), device)
         with autocast():
             loss, fit = model(batch)
         noised = batch.t > 0
         loss = torch.where(noised, loss, 0).sum()
-        (loss / cfg.batch_tokens + fit.sum() / per_step).backward()
+        (loss / cfg.batch_tokens + fit.sum() / cfg.samples).backward()
         total += torch.stack((loss.detach(), noised.sum()))
     return (total[0] / total[1]).item()
 
@@ -541,20 +549,12 @@ def catch_signals():
 
 
 def main(cfg):
-    per_batch = cfg.batch_size * cfg.block_size
-    if cfg.batch_tokens % per_batch:
-        near = max(1, round(cfg.batch_tokens / per_batch)) * per_batch
-        fail(f"batch_tokens={cfg.batch_tokens:,} is not a multiple of {per_batch:,} (batch_size * block_size); "
-             f"try {near:,}")
     if cfg.dry_run:
         return dry_run(cfg)
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
-    folder = find_dataset(cfg.dataset)
-    meta = read_meta(folder)
-    encoding, vocab_size = get_tokenizer(meta["tokenizer"]), meta["vocab_size"]
-    data = {key: meta[key] for key in ("label", "fingerprint", "tokenizer", "vocab_size")}
-    train_windows, val_windows = (Windows(folder, split, cfg, vocab_size) for split in ("train", "val"))
+    data, train_windows, val_windows = open_data(cfg)
+    encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
 
     torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
     raw_model = SunFish(cfg, vocab_size, train_windows.unigram()).to(device)
@@ -569,22 +569,25 @@ def main(cfg):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
     log = Log(cfg, checkpoint and checkpoint["wandb_id"])
+    if cfg.activation_checkpointing:
+        for block in raw_model.blocks:
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     loss_fn = DenoisingLoss(raw_model, cfg)
     model = torch.compile(loss_fn) if compiled else loss_fn
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")
-    print(f"data: {data['label']}, {folder}: {len(train_windows):,} windows of {cfg.block_size}, "
-          f"tokenizer {meta['tokenizer']['name']}, {vocab_size:,} ids")
+    print(f"data: {data['label']}: {len(train_windows):,} windows of {cfg.block_size} tokens, "
+          f"tokenizer {data['tokenizer']['name']}, {vocab_size:,} ids")
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
+    clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
     stopped, peak, flops = catch_signals(), peak_flops(device), flops_per_token(cfg, raw_model)
     clock, clock_step, saved = time.perf_counter(), start, start
     for step in range(start, cfg.max_steps):
         lr = set_learning_rate(optimizer, cfg, step)
         loss = train_step(model, cfg, train_windows, step, device, autocast)
-        limit = cfg.grad_clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_([p for p in raw_model.parameters() if p is not raw_model.schedule], limit).item()
+        grad_norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf).item()
         if not math.isfinite(loss + grad_norm):
             fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}; nothing was updated; resume "
                  f"from step {saved:,} with a lower learning_rate or grad_clip", code=1)
@@ -592,7 +595,8 @@ def main(cfg):
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, raw_model, cfg.ema_decay, step)
 
-        done, last = step + 1, step + 1 == cfg.max_steps or bool(stopped)
+        done, leaving = step + 1, stopped[:]        # a signal from here on waits for the next step
+        last = leaving or done == cfg.max_steps
         if done % cfg.log_interval == 0 or last or done == start + 1:
             now = time.perf_counter()
             rate = (done - clock_step) * cfg.batch_tokens / (now - clock)
@@ -603,16 +607,16 @@ def main(cfg):
             log.write(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
                       tokens=done * cfg.batch_tokens, schedule=raw_model.schedule.tolist())
             clock, clock_step = now, done
-        if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not stopped:
+        if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
             row = evaluate(ema, cfg, val_windows, encoding, device)
             log.write(step=done, **row)
             clock, clock_step = time.perf_counter(), done
         if done % cfg.save_interval == 0 or last:
             path = save_checkpoint(cfg, done, data, raw_model, ema, optimizer, log.wandb_id)
             saved = done
-        if stopped:
+        if leaving:
             print(f"saved {path}; the same command with --resume=True goes on")
-            raise SystemExit(128 + stopped[0])
+            raise SystemExit(128 + leaving[0])
     print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={cfg.out_dir}")
 
 
@@ -634,10 +638,13 @@ def open_out_dir(cfg):
         (folder / "log.jsonl").touch()
     except OSError as error:
         fail(f"cannot write to out_dir={folder} ({error.strerror}); choose another --out_dir")
-    checkpoint = newest_checkpoint(cfg)
-    if cfg.resume and not checkpoint:
+    try:
+        found = find_checkpoint(folder)
+    except ValueError as error:
+        fail(f"{error}; start again in another --out_dir", code=1)
+    if cfg.resume and not found:
         print(f"nothing to resume in {folder}: starting at step 0")
-    return checkpoint
+    return found and found[1]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"         # the subprocesses too
 
+import contextlib   # noqa: E402
+import importlib    # noqa: E402
+import io           # noqa: E402
+import signal       # noqa: E402
+from types import SimpleNamespace       # noqa: E402
+
 import pytest       # noqa: E402
 import torch        # noqa: E402
 
@@ -49,3 +55,20 @@ def run(args, code=0, **options):
                           **options)
     assert done.returncode == code and "Traceback" not in done.stderr, (done.returncode, done.stdout, done.stderr)
     return done
+
+
+def call(args, code=0, stdin=""):
+    """As `run`, but inside this process, which saves the seconds of importing torch."""
+    script, out, err, returned = importlib.import_module(args[0][:-3]), io.StringIO(), io.StringIO(), 0
+    handlers, before, sys.stdin = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], sys.stdin, io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            script.main(configurator.load(script.Config, [str(arg) for arg in args[1:]]))
+    except SystemExit as stop:
+        returned = stop.code
+    finally:
+        sys.stdin = before
+        for number, handler in handlers:
+            signal.signal(number, handler)
+    assert returned == code, (returned, out.getvalue(), err.getvalue())
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())

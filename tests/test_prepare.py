@@ -1,4 +1,5 @@
 """prepare_fineweb.py: nothing lost between text and shards, and every fault ends in one line."""
+import base64
 import collections
 import dataclasses
 import fcntl
@@ -17,7 +18,9 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import prepare_fineweb as pf
 
@@ -25,32 +28,26 @@ ROOT = Path(__file__).resolve().parent.parent
 ODD = ["", " ", "plain words, and more of them", "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", "null \0 byte",
        "naïve Größe 中文 👩‍👩‍👧 ｆ", "\ufeffmark", "line\r\nbreaks\r\n\r\n", "\t \n  tabs", "don't we'll I'm",
        "1234567890 3.14", "\u202eleft", "e\u0301\u0327", "\ud7ff\ue000\U0010ffff", "".join(map(chr, range(1, 300)))]
+SMALL = ("--tokenizer=corpus", "--vocab_size=300", "--workers=1", "--max_tokens=0")
 
 
-def gpt2():
-    try:
-        return pf.get_tokenizer({"name": "gpt2"})
-    except SystemExit:
-        pytest.skip("GPT-2's vocabulary is neither cached nor can it be downloaded")
-
-
-def command(*args):
-    return [sys.executable, str(ROOT / "prepare_fineweb.py"), *map(str, args)]
+COMMAND = [sys.executable, str(ROOT / "prepare_fineweb.py")]
 
 
 def run(cwd, *args, code=0, **kwargs):
     """Run the script; returns its output, or the one line with which it refused."""
-    result = subprocess.run(command(*args), cwd=cwd, capture_output=True, text=True, **kwargs)
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    if code:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, result.stderr
-        return lines[0]
-    return result.stdout
+    result = subprocess.run([*COMMAND, *args], cwd=cwd, capture_output=True, text=True, **kwargs)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert (result.returncode, len(lines)) == (code, code > 0) and "Traceback" not in result.stderr, result.stderr
+    return lines[0] if code else result.stdout
 
 
-SMALL = ("--tokenizer=corpus", "--vocab_size=300", "--workers=1", "--max_tokens=0")
+def refused(capsys, call, *args, code=2):
+    """The one line with which `call` ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    assert stop.value.code == code
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def sentences(n, seed=0):
@@ -64,11 +61,13 @@ def write_jsonl(path, texts):
     return path
 
 
+def tokens_in(folder, split):
+    return np.concatenate([pf.read_shard(path) for path in pf.find_shards(folder, split)])
+
+
 def documents(folder, split):
     """The texts in the shards of a split, in order."""
-    spec = pf.read_meta(folder)["tokenizer"]
-    tokenizer = pf.get_tokenizer(spec)
-    ids = np.concatenate([pf.read_shard(path) for path in pf.find_shards(folder, split)])
+    tokenizer, ids = pf.get_tokenizer(pf.read_meta(folder)["tokenizer"]), tokens_in(folder, split)
     starts = np.flatnonzero(ids == tokenizer.eot_token)
     return [tokenizer.decode(part[1:].tolist()) for part in np.split(ids, starts)[1:]]
 
@@ -89,83 +88,64 @@ def naive_train(texts, n_merges):
         best = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
         ids.setdefault(best[0] + best[1], len(ids))
         for word in words:
-            i = 0
-            while i + 1 < len(word):
-                if (word[i], word[i + 1]) == best:
+            for i in range(len(word)):
+                if tuple(word[i:i + 2]) == best:
                     word[i:i + 2] = [best[0] + best[1]]
-                i += 1
     return list(ids)
 
 
 @pytest.mark.parametrize("texts", [["low lower lowest newest widest aaaa aaa aaaaaaa abab"], sentences(5), ODD])
 def test_trainer_equals_the_naive_one(texts):
-    import base64
     spec = pf.train_tokenizer(texts, 256 + 80 + 1)
     assert [base64.b64decode(token) for token in spec["tokens"]] == naive_train(texts, 80)
-    assert spec == pf.train_tokenizer(texts, 256 + 80 + 1) == json.loads(json.dumps(spec))
-
-
-def test_trainer_uses_its_vocabulary_well():
-    texts = sentences(200)
-    spec = pf.train_tokenizer(texts, 300)
-    tokenizer = pf.get_tokenizer(spec)
-    assert tokenizer.n_vocab == 300 and tokenizer.eot_token == 299
-    assert len(pf.encode(tokenizer, texts[0])) < len(texts[0].encode()) / 2.5
-    assert len(pf.train_tokenizer(["ab"], 300)["tokens"]) == 256        # nothing occurs twice
+    tokenizer = pf.get_tokenizer(json.loads(json.dumps(spec)))
+    assert tokenizer.n_vocab == len(spec["tokens"]) + 1 <= 337 and tokenizer.eot_token == tokenizer.n_vocab - 1
 
 
 @pytest.mark.parametrize("name", ["corpus", "gpt2"])
 def test_any_text_comes_back(name):
-    tokenizer = gpt2() if name == "gpt2" else pf.get_tokenizer(pf.train_tokenizer(sentences(50), 400))
+    try:
+        tokenizer = pf.get_tokenizer({"name": "gpt2"} if name == "gpt2" else pf.train_tokenizer(sentences(50), 400))
+    except SystemExit:
+        pytest.skip("GPT-2's vocabulary is neither cached nor can it be downloaded")
     rng = random.Random(1)
     noise = ["".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xd800), rng.randrange(0xe000, 0x110000)]))
                      for _ in range(300)) for _ in range(20)]
-    for text in [*ODD, *noise]:
-        ids = pf.encode(tokenizer, text)
+    for text in [*ODD, *noise, "\n".join(sentences(1000)), ("word" + " " * 9 + "\n 'tis") * 10_000]:
+        ids = pf.encode(tokenizer, text)                                # the long ones are encoded in pieces
         assert ids.dtype == np.uint16 and ids[0] == tokenizer.eot_token not in ids[1:]
         assert tokenizer.decode(ids[1:].tolist()) == text
         assert ids[1:].tolist() == tokenizer.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("text", [
-    "x" * 200_000, " " * 1_000_000, "\n" * 1_000_000 + "x", "word " * 50_000, "é" * 100_001], ids=lambda text: text[0])
-def test_giant_words_and_gaps_come_back(text):
-    tokenizer = pf.get_tokenizer(pf.train_tokenizer(sentences(50), 400))
-    start = time.monotonic()
-    assert tokenizer.decode(pf.encode(tokenizer, text)[1:].tolist()) == text
-    assert time.monotonic() - start < 10
-
-
-def test_cutting_long_text_leaves_its_tokens_alone():
-    tokenizer = pf.get_tokenizer(pf.train_tokenizer(sentences(50), 400))
-    text = "\n".join(sentences(1000, seed=3))
-    assert "".join(pf.cut(text)) == text and len(list(pf.cut(text))) > 2
-    assert pf.encode(tokenizer, text)[1:].tolist() == tokenizer.encode_ordinary(text)
+def test_giant_words_and_gaps_come_back_soon():
+    tokenizer, start = pf.get_tokenizer(pf.train_tokenizer(sentences(50), 400)), time.monotonic()
+    for text in ("x" * 200_000, " " * 1_000_000, "\n" * 1_000_000 + "x", "word " * 50_000, "é" * 100_001):
+        assert tokenizer.decode(pf.encode(tokenizer, text)[1:].tolist()) == text
+    assert time.monotonic() - start < 20
 
 
 def test_a_shard_is_what_the_format_says(tmp_path):
     tokens = np.array([0, 1, 50256, 65535], np.uint16)
-    entry = pf.write_shard(tmp_path / "train_000000.bin", tokens)
-    data = (tmp_path / "train_000000.bin").read_bytes()
+    pf.write_shard(tmp_path / "train_000000.bin", tokens)
     header = np.array([20240520, 1, 4] + [0] * 253, "<i4").tobytes()
-    assert data == header + b"\x00\x00\x01\x00\x50\xc4\xff\xff" and entry["bytes"] == len(data) == 1032
+    assert (tmp_path / "train_000000.bin").read_bytes() == header + b"\x00\x00\x01\x00\x50\xc4\xff\xff"
     read = pf.read_shard(tmp_path / "train_000000.bin")
     assert isinstance(read, np.memmap) and not read.flags.writeable and read.tolist() == tokens.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda d: d[:-2], "expected 1,032 bytes for 4 uint16 tokens, found 1,030"), (lambda d: d + b"\0", "found 1,033"),
-    (lambda d: d[:100], "found 100 bytes in all"), (lambda d: b"", "found 0 bytes in all"),
-    (lambda d: b"\0" + d[1:], "expected magic 20240520"), (lambda d: d[:4] + b"\2" + d[5:], "version 1, found"),
-    (lambda d: d[:8] + b"\0" * 4 + d[12:], "at least one token"), (lambda d: d[:8] + b"\xff" * 4 + d[12:], "found")])
-def test_a_damaged_shard_is_refused(tmp_path, change, says):
+@pytest.mark.parametrize("change, found", [
+    (lambda d: d[:-2], "20240520, 1, 4 and 1,030;"), (lambda d: d + b"\0", "20240520, 1, 4 and 1,033;"),
+    (lambda d: d[:100], "20240520, 1, 4 and 100;"), (lambda d: b"", "0, 0, 0 and 0;"),
+    (lambda d: b"\0" + d[1:], "20240384, 1, 4 and 1,032;"), (lambda d: d[:4] + b"\2" + d[5:], "20240520, 2, 4"),
+    (lambda d: d[:8] + b"\0" * 4 + d[12:], ", 0 and"), (lambda d: d[:8] + b"\xff" * 4 + d[12:], ", -1 and")])
+def test_a_damaged_shard_is_refused(tmp_path, change, found):
     path = tmp_path / "val_000000.bin"
     pf.write_shard(path, np.arange(4))
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(ValueError, match=f"{path}: expected magic 20240520, version 1.*found.*{found}"):
         pf.read_shard(path)
-    assert str(path) in str(error.value)
 
 
 def test_public_shards_are_read(tmp_path):
@@ -175,9 +155,11 @@ def test_public_shards_are_read(tmp_path):
     assert meta["tokenizer"] == {"name": "gpt2"} and meta["vocab_size"] == 50257 and meta["train_tokens"] == 10
     assert [path.name for path in pf.find_shards(tmp_path, "val")] == ["fineweb_val_000000.bin"]
     pf.write_shard(tmp_path / "fineweb_train_000001.bin", np.arange(1, 11))
-    assert pf.read_meta(tmp_path)["fingerprint"] != meta["fingerprint"] == meta["fingerprint"]
+    assert pf.read_meta(tmp_path)["fingerprint"] != meta["fingerprint"]
     with pytest.raises(ValueError, match="python prepare_fineweb.py"):
         pf.find_shards(tmp_path / "nowhere", "train")
+    (tmp_path / "t.txt").write_text("text")                             # ours are not mixed into these
+    assert "other origin" in run(tmp_path, "--source=t.txt", "--out=.", code=2) and len(list(tmp_path.iterdir())) == 3
 
 
 def test_find_dataset_takes_the_first_there_is(tmp_path, capsys, monkeypatch):
@@ -186,27 +168,23 @@ def test_find_dataset_takes_the_first_there_is(tmp_path, capsys, monkeypatch):
         pf.write_shard(tmp_path / name / "train_000000.bin", np.arange(10))
     assert pf.find_dataset("a, c,b", tmp_path) == tmp_path / "c"
     assert pf.find_dataset(str(tmp_path / "b")) == tmp_path / "b"
-    (tmp_path / "c" / "progress.json").write_text("{}")                 # not finished: not there
+    (tmp_path / "c" / "meta.json").write_text('{"finished": false}')
     assert pf.find_dataset("a,c,b", tmp_path) == tmp_path / "b"
-    with pytest.raises(SystemExit) as stop:
-        pf.find_dataset("fineweb", tmp_path)
-    assert stop.value.code == 2 and "prepare_fineweb.py --source=fineweb" in capsys.readouterr().err
+    assert "prepare_fineweb.py --source=fineweb," in refused(capsys, pf.find_dataset, "fineweb", tmp_path)
     monkeypatch.setattr(pf, "read_pydoc", lambda: sentences(50))        # the real one takes seconds, see below
     assert pf.find_dataset("fineweb,pydoc", tmp_path) == tmp_path / "pydoc"
-    assert "NO DATA" in capsys.readouterr().err and pf.read_meta(tmp_path / "pydoc")["source"] == "pydoc"
+    assert "NO DATA" in capsys.readouterr().err and "embedded corpus" in pf.read_meta(tmp_path / "pydoc")["label"]
 
 
 def test_all_kinds_of_files_give_their_documents(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
     texts, source = sentences(50), tmp_path / "größe und so"
     (source / "sub").mkdir(parents=True)
     lines = [json.dumps({"text": text, "id": 1}).encode() + b"\r\n" for text in texts]
-    (source / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"".join(lines[:10]))
+    (source / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines[:10]))
     (source / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines[10:20])))
     (source / "c.jsonl.xz").write_bytes(lzma.compress(b"".join(lines[20:30]).rstrip()))
     table = pyarrow.table({"id": range(10), "text": texts[30:40]})
-    pyarrow.parquet.write_table(table, source / "d.parquet", row_group_size=3)
+    parquet.write_table(table, source / "d.parquet", row_group_size=3)
     (source / "sub" / "e.txt").write_text(texts[40] + "\n<|endoftext|>\n")
     (source / "f.md").write_text("ignored")
     run(tmp_path, f"--source={source}", "--out=o ü", "--val_fraction=0", *SMALL)
@@ -216,80 +194,73 @@ def test_all_kinds_of_files_give_their_documents(tmp_path):
 
 
 def test_damaged_bytes_are_replaced_and_counted(tmp_path):
-    good = "caf\u00e9 \ufffd \0 \r\n"
-    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + good.encode() + b"a\xffb\xc3" + b"x" * 300_000)
-    out = run(tmp_path, "--source=t.txt", "--val_fraction=0", *SMALL)
-    assert documents(tmp_path / "data" / "t", "train") == [good + "a\ufffdb\ufffd" + "x" * 300_000]
-    assert "2 bytes that were not UTF-8 replaced" in out and pf.read_meta(tmp_path / "data" / "t")["replaced"] == 2
-
-
-def test_halves_of_surrogate_pairs_are_counted(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"text": "\\ud83d\\ude00 whole"}\n{"text": "half \\ud83d of one"}\n')
-    rows = list(pf.read_source(pf.Config(source=str(tmp_path / "t.jsonl")), ""))
-    assert rows == [("😀 whole", 0), ("half \ufffd of one", 1)]
+    good, source = "caf\u00e9 \ufffd \0 \r\n", tmp_path / "t"
+    source.mkdir()
+    (source / "a.txt").write_bytes(b"\xef\xbb\xbf" + good.encode() + b"a\xffb\xc3" + b"x" * 300_000)
+    (source / "b.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00 whole"}\n{"text": "half \\ud83d of one, \xff"}\n')
+    out = run(tmp_path, "--source=t", "--val_fraction=0", *SMALL)
+    assert documents(tmp_path / "data" / "t", "train") == [
+        good + "a\ufffdb\ufffd" + "x" * 300_000, "😀 whole", "half \ufffd of one, \ufffd"]
+    assert "4 bytes that were not UTF-8 replaced" in out and pf.read_meta(tmp_path / "data" / "t")["replaced"] == 4
 
 
 @pytest.mark.parametrize("name, data, says", [
-    ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl:2: not JSON"),
-    ("a.jsonl", b'\n{"t": "x"}', "a.jsonl:2: no string"),
-    ("a.jsonl", b'["text"]', "a.jsonl:1: no string"), ("a.jsonl", b'{"text": 3}', "a.jsonl:1: no string"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9)[:-9], "a.jsonl.gz: cannot be read"),
-    ("a.jsonl.xz", lzma.compress(b'{"text": "fine"}\n' * 9)[:-9], "a.jsonl.xz: cannot be read"),
-    ("a.jsonl.xz", b"no archive at all", "a.jsonl.xz: cannot be read"),
-    ("a.parquet", b"PAR1 and no more", "a.parquet: cannot be read as parquet"),
-    ("a.pdf", b"%PDF", "a.pdf: not a kind of file"), ("a.txt", b"", "no tokens"), ("a.txt", b" \n\t\r\n", "no tokens"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl:2: cannot be read: Expecting value"),
+    ("a.jsonl", b'\n{"t": "x"}', "a.jsonl:2: cannot be read: no string"), ("a.jsonl", b'["text"]', "a.jsonl:1: "),
+    ("a.jsonl", b'{"text": 3}', "a.jsonl:1: cannot be read: no string"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 9)[:-9], "a.jsonl.gz:"),
+    ("a.jsonl.xz", lzma.compress(b'{"text": "fine"}\n' * 9)[:-9], "a.jsonl.xz:"),
+    ("a.jsonl.xz", b"no archive at all", "a.jsonl.xz:1: cannot be read"),
+    ("a.parquet", b"PAR1 and no more", "a.parquet:1: cannot be read"),
+    ("a.pdf", b"%PDF", "source=a.* is no file"), ("a.txt", b"", "no tokens"), ("a.txt", b" \n\t\r\n", "no tokens"),
     ("a.jsonl", b"", "no tokens"), ("b.txt", b"x", "source=a.* is no file")])
 def test_bad_sources_are_refused_and_leave_nothing(tmp_path, capsys, monkeypatch, name, data, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(SystemExit) as stop:
-        pf.prepare(pf.Config(source="a.*", tokenizer="corpus", vocab_size=300))
-    assert stop.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+    assert says in refused(capsys, pf.prepare, pf.Config(source="a.*", tokenizer="corpus", vocab_size=300))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_parquet_without_text_is_refused(tmp_path, capsys):
-    import pyarrow
-    import pyarrow.parquet
-    for column, values, says in (("words", ["x"], "only words"), ("text", ["x", None], "None, which is not a string")):
-        pyarrow.parquet.write_table(pyarrow.table({column: values}), tmp_path / "a.parquet")
-        with pytest.raises(SystemExit):
+def test_parquet_without_text_is_refused(tmp_path):
+    for column, values, row in (("words", ["x"], 1), ("text", ["x", None], 2)):
+        parquet.write_table(pyarrow.table({column: values}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=f'a.parquet:{row}: .*no string under the key "text"'):
             list(pf.read_file(tmp_path / "a.parquet"))
-        assert says in capsys.readouterr().err
 
 
 def test_fineweb_is_streamed(tmp_path, monkeypatch, capsys):
     """With a hub that is made up: what is asked of it, and that the recorded commit serves the rerun."""
-    asked, commit, texts = [], "0123456789" * 4, [text * 200 for text in sentences(40)]
+    asked, commit, texts = [], "0123456789" * 4, [text * 200 for text in sentences(600)]
 
     class Rows(list):
         def select_columns(self, columns):
             yield from ({column: row for column in columns} for row in self)
-            if len(self) < 40:
-                raise ConnectionError("gone")
+            if len(self) < 600:
+                raise RuntimeError("gone")
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
-        return Rows(texts if len(asked) > 1 else texts[:30])
+        return Rows(texts if len(asked) > 2 else texts[:590])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    cfg = pf.Config(tokenizer="corpus", vocab_size=257, shard_tokens=20_000, val_fraction=0, workers=1,
-                    out=str(tmp_path / "o"), revision=commit)
-    monkeypatch.setattr(pf, "make_tokenizer", lambda cfg, revision: pf.train_tokenizer([], 257))
-    with pytest.raises(SystemExit) as stop:
-        pf.prepare(cfg)
-    assert stop.value.code == 1 and "ConnectionError: gone" in capsys.readouterr().err
+    cfg = pf.Config(shard_tokens=900_000, val_fraction=0, out=str(tmp_path / "o"), revision=commit, max_tokens="0")
+    byte = pf.train_tokenizer([], 257)
+    monkeypatch.setattr(pf, "get_tokenizer", lambda spec, make=pf.get_tokenizer: make(byte))
+    error = refused(capsys, pf.prepare, cfg, code=1)
+    assert "RuntimeError: gone" in error and "--source=FILE" in error
+    assert (tmp_path / "o" / "train_000000.bin").exists()
     pf.prepare(dataclasses.replace(cfg, revision=""))
     expected = ("HuggingFaceFW/fineweb", "sample-10BT"), {"split": "train", "streaming": True, "revision": commit}
-    assert asked == [expected] * 2 and documents(tmp_path / "o", "train") == texts
-    assert (pf.read_meta(tmp_path / "o")["revision"], pf.read_meta(tmp_path / "o")["licence"]) == (commit, "ODC-By 1.0")
+    assert asked == [expected] * len(asked) and documents(tmp_path / "o", "train") == texts
+    meta = pf.read_meta(tmp_path / "o")
+    assert (meta["revision"], meta["licence"], meta["documents"]) == (commit, "ODC-By 1.0", 600)
 
 
 def test_no_network_is_said_in_one_line(tmp_path):
     nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
                "HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
     start = time.monotonic()
-    line = run(tmp_path, code=2, env=nowhere)
+    line = run(tmp_path, code=1, env=nowhere)
     assert all(word in line for word in ("HF_TOKEN", "HF_ENDPOINT", "--source=FILE", "--source=pydoc"))
     (tmp_path / "t.txt").write_text("some text")
     line = run(tmp_path, "--source=t.txt", code=2, env=nowhere)
@@ -299,25 +270,18 @@ def test_no_network_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("setting, says", [
     ("max_tokens=many", "write for example 50k, 100M"), ("part=2/2", "0 <= i < n"), ("part=1", "0 <= i < n"),
-    ("tokenizer=bert", "gpt2 or corpus"), ("vocab_size=256", "vocab_size=256"), ("vocab_size=65537", "65536"),
-    ("val_fraction=1", "val_fraction=1.0"), ("shard_tokens=0", "shard_tokens=0"), ("workers=-1", "workers=-1")])
+    ("tokenizer=bert", "gpt2 or corpus"), ("vocab_size=256", "choose 257 to 65536"), ("vocab_size=65537", "65536"),
+    ("val_fraction=1", "val_fraction=1.0"), ("shard_tokens=0", "shard_tokens=0")])
 def test_bad_settings_are_refused(capsys, setting, says):
-    with pytest.raises(SystemExit) as stop:
-        pf.load(pf.Config, [f"--{setting}"])
-    assert stop.value.code == 2 and says in capsys.readouterr().err
-
-
-def test_budgets():
-    assert [pf.parse_count(text) for text in ("0", "50k", "100M", "2B", "1.5M", "1_000")] == [
-        0, 50_000, 10 ** 8, 2 * 10 ** 9, 1_500_000, 1000]
+    assert says in refused(capsys, pf.load, pf.Config, [f"--{setting}"])
+    assert [pf.parse_count(text) for text in ("0", "50k", "1.5M", "2B", "1_000")] == [0, 50_000, 1_500_000, 2e9, 1000]
 
 
 def test_the_embedded_corpus_reads_like_english():
-    texts = pf.read_pydoc()
-    whole = "\n\n".join(texts)
-    assert 0.8e6 < len(whole) < 2e6 and len(texts) > 300 and ">>>" not in whole
-    paragraphs = whole.split("\n\n")
-    assert len(set(paragraphs)) == len(paragraphs) > 5000
+    _, texts = pf.open_source("pydoc")
+    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
+    whole = "\n\n".join(paragraphs)
+    assert 0.8e6 < len(whole) < 2e6 and ">>>" not in whole and len(set(paragraphs)) == len(paragraphs) > 5000
     words = collections.Counter(whole.lower().split())
     assert words.most_common(1)[0][0] == "the" and words["the"] > 0.05 * sum(words.values())
 
@@ -333,49 +297,48 @@ def test_validation_is_chosen_by_the_text_alone(tmp_path):
 
 
 @pytest.mark.parametrize("texts", [["one document, and no more than this one"], sentences(3), sentences(100)])
-def test_a_small_source_has_validation_too(tmp_path, texts):
-    write_jsonl(tmp_path / "t.jsonl", texts)
-    pf.prepare(pf.Config(source=str(tmp_path / "t.jsonl"), out=str(tmp_path / "o"), tokenizer="corpus", vocab_size=300))
-    train, val = (np.concatenate([pf.read_shard(path) for path in pf.find_shards(tmp_path / "o", split)])
-                  for split in ("train", "val"))
-    total = sum(len(pf.encode(pf.get_tokenizer(pf.read_meta(tmp_path / "o")["tokenizer"]), text)) for text in texts)
-    assert len(train) + len(val) == total and max(1, total // 20) <= len(val) <= total // 2
+@pytest.mark.parametrize("fraction", [0.005, 0.9])
+def test_a_small_source_has_validation_too(tmp_path, texts, fraction):
+    pf.prepare(pf.Config(source=str(write_jsonl(tmp_path / "t.jsonl", texts)), out=str(tmp_path / "o"),
+                         tokenizer="corpus", vocab_size=300, val_fraction=fraction))
+    n_train, n_val = (len(tokens_in(tmp_path / "o", split)) for split in ("train", "val"))
+    tokenizer = pf.get_tokenizer(pf.read_meta(tmp_path / "o")["tokenizer"])
+    total = sum(len(pf.encode(tokenizer, text)) for text in texts)
+    assert n_train + n_val == total and n_train > 0 and n_val >= max(1, total // 20)
 
 
 def test_shards_budget_meta_and_rerun(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", sentences(400))
     args = ("--source=t.jsonl", "--shard_tokens=2000", "--val_fraction=0.1", "--max_tokens=7k", *SMALL[:3])
-    out = run(tmp_path, *args)
-    folder = tmp_path / "data" / "t"
-    meta = pf.read_meta(folder)
+    out, folder = run(tmp_path, *args), tmp_path / "data" / "t"
+    meta, before = pf.read_meta(folder), contents(folder)
     sizes = [len(pf.read_shard(path)) for path in pf.find_shards(folder, "train")]
-    assert sizes == [2000, 2000, 2000, 1000] and meta["train_tokens"] == 7000
-    assert "7,000 training" in out and meta["vocab_size"] == 300 and meta["licence"] == "yours"
-    assert sum(shard["tokens"] for shard in meta["shards"]) == 7000 + meta["val_tokens"]
-    assert json.loads((folder / "tokenizer.json").read_text()) == meta["tokenizer"]
-    before = contents(folder)
-    assert set(before) == {"meta.json", "tokenizer.json", *(shard["name"] for shard in meta["shards"])}
+    assert sizes == [2000, 2000, 2000, 1000] and meta["train_tokens"] == 7000 and "7,000 training" in out
+    assert len(tokens_in(folder, "val")) == meta["val_tokens"] and meta == json.loads(before["meta.json"])
+    assert (meta["source"], meta["vocab_size"], meta["licence"]) == ("t.jsonl", 300, "yours")
+    assert set(before) == {"meta.json", *(shard["name"] for shard in meta["shards"])}
     assert "already prepared" in run(tmp_path, *args) and contents(folder) == before
-    line = run(tmp_path, *args, "--vocab_size=301", code=2)
-    assert "vocab_size 300 there, 301 now" in line and contents(folder) == before
+    assert "prepared with vocab_size=300;" in run(tmp_path, *args, "--vocab_size=301", code=2)
+    assert contents(folder) == before
     write_jsonl(tmp_path / "t.jsonl", sentences(401))
-    assert "revision 1 files" in run(tmp_path, *args, code=2)
+    assert "revision=1 files" in run(tmp_path, *args, code=2)
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
-    source = write_jsonl(tmp_path / "t.jsonl", sentences(30_000))
-    args = (f"--source={source}", "--shard_tokens=30_000", "--val_fraction=0.05", *SMALL)
+    texts = sentences(10_000)
+    source = write_jsonl(tmp_path / "t.jsonl", texts)
+    args = (f"--source={source}", "--shard_tokens=20_000", "--val_fraction=0.05", *SMALL)
     run(tmp_path, *args, "--out=whole")
-    process = subprocess.Popen(command(*args, "--out=killed"), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*COMMAND, *args, "--out=killed"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (tmp_path / "killed" / "train_000003.bin").exists() and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed" / "meta.json").exists()
+    assert process.wait() == -signal.SIGKILL
     with pytest.raises(ValueError, match="not finished"):
         pf.read_meta(tmp_path / "killed")
     first = tmp_path / "killed" / "train_000000.bin"
-    (tmp_path / "killed" / "train_000009.bin.tmp").write_bytes(b"half a shard")
+    (tmp_path / "killed" / "train_000004.bin.tmp").write_bytes(b"half a shard")
     inode = first.stat().st_ino
     run(tmp_path, *args, "--out=killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -383,32 +346,52 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
     first.unlink()
     run(tmp_path, *args, "--out=killed")                                # a shard is gone: made again
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert sorted(documents(tmp_path / "killed", "train") + documents(tmp_path / "killed", "val")) == sorted(texts)
+
+
+def test_a_document_longer_than_shards_is_resumed_inside(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "t.jsonl", [" ".join(sentences(100)), *sentences(20), " ".join(sentences(99))])
+    cfg = pf.Config(source=str(source), tokenizer="corpus", vocab_size=300, max_tokens="0", shard_tokens=333)
+    whole = contents(pf.prepare(dataclasses.replace(cfg, out=str(tmp_path / "whole"))))
+    cfg, write, stops = dataclasses.replace(cfg, out=str(tmp_path / "stopped")), pf.write_shard, iter(range(99))
+
+    def write_and_stop(path, tokens):
+        if next(stops) % 3 == 2:
+            raise OSError("stopped")
+        return write(path, tokens)
+
+    monkeypatch.setattr(pf, "write_shard", write_and_stop)
+    for _ in range(9):
+        with pytest.raises(SystemExit):
+            pf.prepare(cfg)
+    monkeypatch.undo()
+    (tmp_path / "stopped" / "meta.lock").unlink()                       # a lock file nobody holds is no lock
+    assert contents(pf.prepare(cfg)) == whole and len(whole) > 19
 
 
 def test_parts_are_disjoint_and_complete(tmp_path):
     texts = sentences(301)
     write_jsonl(tmp_path / "t.jsonl", texts)
     args = ("--source=t.jsonl", "--shard_tokens=1500", "--val_fraction=0", *SMALL)
-    assert "meta.json is written with the last part" in run(tmp_path, *args, "--part=1/2")
-    assert "no settings" not in run(tmp_path, *args, "--part=0/3", code=2)
-    assert "part 1/2 is done" in run(tmp_path, *args, "--part=1/2")
-    run(tmp_path, *args, "--part=0/2")
+    run(tmp_path, *args, "--part=1/2")
+    assert "parts=2" in run(tmp_path, *args, "--part=0/3", code=2)
     folder = tmp_path / "data" / "t"
+    assert documents(folder, "train") == texts[1::2]
+    alone = pf.read_meta(folder)
+    run(tmp_path, *args, "--part=0/2")
     assert documents(folder, "train") == texts[0::2] + texts[1::2]
-    assert pf.read_meta(folder)["documents"] == 301 and (folder / "train_p001_000000.bin").exists()
+    meta = pf.read_meta(folder)
+    assert meta["documents"] == 301 and meta["fingerprint"] != alone["fingerprint"]
+    assert meta["train_tokens"] == len(tokens_in(folder, "train")) > alone["train_tokens"]
     assert "already prepared" in run(tmp_path, *args, "--part=1/2")
 
 
 def test_a_full_disk_ends_in_one_line_and_the_rerun_resumes(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", sentences(2000))
     args = ("--source=t.jsonl", "--shard_tokens=20_000", "--val_fraction=0", *SMALL)
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    line = run(tmp_path, *args, code=1, preexec_fn=limit)
+    line = run(tmp_path, *args, code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert "train_000000.bin (41,024 bytes)" in line and "File too large" in line
-    assert [path.name for path in (tmp_path / "data" / "t").iterdir()] == ["progress.json"]
+    assert not list((tmp_path / "data" / "t").glob("*.bin*"))
     run(tmp_path, *args)
     assert documents(tmp_path / "data" / "t", "train") == sentences(2000)
 
@@ -416,21 +399,9 @@ def test_a_full_disk_ends_in_one_line_and_the_rerun_resumes(tmp_path):
 def test_two_prepares_in_one_folder(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", sentences(10))
     (tmp_path / "o").mkdir()
-    with open(tmp_path / "o" / "prepare.lock", "w") as handle:
+    with open(tmp_path / "o" / "meta.lock", "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         line = run(tmp_path, "--source=t.jsonl", "--out=o", *SMALL, code=2)
         assert "another prepare_fineweb.py is at work in o" in line
     run(tmp_path, "--source=t.jsonl", "--out=o", *SMALL)                # a lock file nobody holds is no lock
-
-
-def test_shards_of_other_origin_are_not_mixed_in(tmp_path):
-    write_jsonl(tmp_path / "t.jsonl", sentences(10))
-    (tmp_path / "o").mkdir()
-    pf.write_shard(tmp_path / "o" / "fineweb_train_000001.bin", np.arange(10))
-    assert "other origin" in run(tmp_path, "--source=t.jsonl", "--out=o", *SMALL, code=2)
-    assert [path.name for path in (tmp_path / "o").iterdir()] == ["fineweb_train_000001.bin"]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "t.txt").write_text("text")
-    assert "cannot write in t.txt/o" in run(tmp_path, "--source=t.txt", "--out=t.txt/o", *SMALL, code=2)
+    assert "Not a directory" in run(tmp_path, "--source=t.jsonl", "--out=t.jsonl/o", *SMALL, code=1)

@@ -1,0 +1,46 @@
+"""What the README says about commands, settings, files and functions is so."""
+import ast
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def settings(script):
+    import importlib
+    return {field.name for field in dataclasses.fields(importlib.import_module(script).Config)}
+
+
+def test_every_flag_of_every_command_exists():
+    commands = re.findall(r"((?:train|sample|prepare_fineweb)\.py)([^\n`&]*)", README)
+    assert len(commands) > 10
+    for script, rest in commands:
+        unknown = set(re.findall(r"--(\w+)", rest)) - settings(script[:-3]) - {"help"}
+        assert not unknown, (script, unknown)
+        for config in re.findall(r"config/\w+\.py", rest):
+            assert (ROOT / config).exists(), config
+
+
+@pytest.mark.parametrize("name", ["diffusion", "model", "train"])
+def test_every_function_named_exists(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    named = set(re.findall(rf"`{name}\.(\w+)[`(]", README)) - {"py"}
+    assert named <= defined, named - defined
+
+
+def test_every_setting_in_the_config_files_is_one():
+    from train import Config
+    known = {field.name for field in dataclasses.fields(Config)}
+    for path in (ROOT / "config").glob("*.py"):
+        names = {node.targets[0].id for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)}
+        assert names <= known, (path, names - known)
+
+
+def test_the_core_can_be_read_in_an_hour():
+    for name, most in (("configurator", 220), ("diffusion", 340), ("model", 260), ("prepare_fineweb", 470),
+                       ("train", 600), ("sample", 260)):
+        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= most, name

@@ -1,0 +1,88 @@
+"""Sampling as a user sees it: what is given comes back, the same seed gives the same text, and mistakes are named."""
+import json
+
+import pytest
+import torch
+from conftest import call, run
+
+import sample as script
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    call(["train.py", "--n_layer=1", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=24", "--prompt_size=8",
+         "--batch_size=8", "--batch_tokens=192", "--eval_interval=0", "--eval_sequences=8", "--device=cpu",
+         "--dtype=float32", "--max_steps=30", f"--dataset={shards}", f"--out_dir={folder}"])
+    return folder
+
+
+def write(checkpoint, *args, code=0, run=call, **options):
+    return run(["sample.py", f"--checkpoint={checkpoint}", "--steps=6", *args], code, **options)
+
+
+def texts(checkpoint, *args):
+    return [json.loads(line)["text"] for line in write(checkpoint, "--json=True", *args).stdout.splitlines()]
+
+
+def test_same_seed_same_text_whatever_the_batch(checkpoint):
+    together = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog")
+    apart = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--batch_size=1")
+    other = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--seed=2")
+    assert together == apart and len(set(together)) == 3 and together != other
+
+
+def test_guidance_at_one_and_eta_zero(checkpoint):
+    """Scale 0 ignores the prompt, and DDPM is DDIM at eta 1."""
+    assert texts(checkpoint, "--prompt=the sea", "--guidance_scale=0") == texts(checkpoint)
+    assert texts(checkpoint, "--sampler=ddpm", "--steps=6") == texts(checkpoint, "--eta=1")
+    assert texts(checkpoint, "--eta=0") == texts(checkpoint, "--eta=0") != texts(checkpoint, "--eta=1")
+
+
+def test_infill_returns_the_given_text_and_fills_the_rest(checkpoint):
+    out = write(checkpoint, "--mode=infill", "--text", "the red[MASK:2] went [MASK] home<|endoftext|>")
+    text = out.stdout.rstrip("\n")
+    assert text.startswith("the red") and text.endswith(" home<|endoftext|>") and " went" in text
+    assert "6 network calls" in out.stderr
+
+
+def test_prompts_from_a_file_and_from_stdin(checkpoint, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the dog\n\nthe sea\n")
+    out = write(checkpoint, "--json=True", f"--prompt=@{tmp_path / 'prompts.txt'}")
+    rows = [json.loads(line) for line in out.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the dog", "the sea"]
+    out = write(checkpoint, "--prompt", "-", stdin="the wind\n")
+    assert out.stdout.startswith("the wind") and "12 network calls" in out.stderr
+
+
+def test_header_names_the_text_it_was_trained_on(checkpoint):
+    out = write(checkpoint, "--prompt", "", "--seq_len=5", "--show=True", run=run)
+    assert "text.jsonl" in out.stderr and "unconditional" in out.stderr and "step 6/6" in out.stderr
+
+
+def test_blanks_are_cut_out_before_encoding():
+    idx, known = script.read_blanks("ab [MASK] c[MASK:2][MASK:1]", lambda text: list(text.encode()))
+    assert bytes(idx[known].tolist()) == b"ab c" and known.tolist() == [True] * 2 + [False] * 4 + [True] * 2 + [False] * 3
+    assert torch.equal(script.read_blanks("[MASK:3]", lambda text: [])[1], torch.zeros(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--checkpoint=nowhere"], "train one with"),
+    (["--mode=infill", "--text=no blank"], "no [MASK]"),
+    (["--mode=infill", "--text=a [mask]"], "in capitals"),
+    (["--mode=infill", "--text=a [MASK:0]"], "a blank of no tokens"),
+    (["--mode=infill", "--text=a [MASK:99999]"], "more than the 24"),
+    (["--mode=infill"], "no [MASK]"),
+    (["--mode=write"], "use generate or infill"),
+    (["--prompt", "dog " * 50], "more than the 8"),
+    (["--seq_len=25"], "25 tokens are more than the 24"),
+    (["--num_samples=0"], "num_samples=0 must be positive"),
+    (["--steps=1001"], "more than the 1000"),
+    (["--steps=-1"], "must not be negative"),
+    (["--eta=2"], "between 0"),
+    (["--temprature=1"], "temperature"),
+    (["--prompt=@nowhere.txt"], "nowhere.txt")])
+def test_mistakes_get_one_line(args, words, checkpoint):
+    out = write(checkpoint, *args, code=2)
+    assert words in out.stderr and out.stdout == ""
+    assert len([line for line in out.stderr.splitlines() if line.startswith("error: ")]) == 1
