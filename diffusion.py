@@ -289,3 +289,31 @@ def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
     squared_norm = x_0.double().square().sum(-1).mean(1)
     prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a
     return Bound(reconstruction, diffusion, prior)
+
+
+def estimate_bound(predict, table, idx, alpha_bar, batch_size):
+    """The bound on idx (N, T) from fixed noise, each sequence at one index: parts, their sum and its standard error."""
+    rng = generator(idx.device, "bound")
+    t = stratified(len(idx), len(alpha_bar) - 1, generator("cpu", "bound"))
+    draws = [likelihood_bound(predict, table, i, alpha_bar, t_i, rng)
+             for i, t_i in zip(idx.split(batch_size), t.split(batch_size), strict=True)]
+    bound = Bound(*(torch.cat(part) for part in zip(*draws, strict=True)))
+    total = bound.total()
+    return {**{name: part.mean().item() for name, part in bound._asdict().items()}, "bound": total.mean().item(),
+            "bound_error": (total.std() / len(total) ** 0.5).item()}
+
+
+def ce_by_noise(predict, free, table, idx, alpha_bar, bands=8):
+    """Cross-entropy of idx (N, T) at fixed noise: rows (t, of the network, of the context-free posterior) in nats.
+
+    `free(x_t, log_snr)` gives the logits of the latter. The gap is what the network has learnt about context; the training
+    loss does not show it, because a fitted schedule keeps the mean at half the entropy.
+    """
+    rows = []
+    for k in range(bands):
+        t = torch.full(idx.shape, round((k + 0.5) / bands * (len(alpha_bar) - 1)), device=idx.device)
+        x_0, level = table[idx], log_snr(t, alpha_bar)
+        x_t = add_noise(x_0, t, alpha_bar, randn(x_0, generator(idx.device, "band", k)))
+        logits = predict(x_t, level)[1], free(x_t, level)
+        rows.append((int(t[0, 0]), *(ce_loss(scores, idx).mean().item() for scores in logits)))
+    return rows

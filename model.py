@@ -177,6 +177,42 @@ class SunFish(nn.Module):
         return self.write(norm(x))
 
 
+def choose_device(name):
+    """The torch.device of "auto", "cpu", "cuda" or "cuda:1"; ValueError if it is not there."""
+    cuda = torch.cuda.is_available()
+    name = ("cuda" if cuda else "cpu") if name == "auto" else name
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is unknown; use auto, cpu or cuda")
+    if name.startswith("cuda") and not cuda:
+        raise ValueError(f"device={name}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")
+    return torch.device(name)
+
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 in hardware; a CPU that emulates it is slower than with float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def peak_flops(device):
+    """Published dense bf16 FLOP/s of the CUDA device, or None."""
+    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in known.items() if key in name), None)
+
+
+def flops_per_token(model, self_conditioning):
+    """FLOPs of training on one token: 6 for each weight of trunk and head, 2 more in the share with a first guess,
+    attention as 2 T n_embd more weights a layer, and the posterior mean as 4 for each weight of the table and pass."""
+    cfg, table = model.cfg, model.table.numel()
+    trunk = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim == 2)
+    attention = 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
+    return (6 + 2 * self_conditioning) * (trunk + attention + table) + (1 + self_conditioning) * 4 * table
+
+
 def keep_memory():
     """Let glibc reuse the memory of large tensors: returning it to the kernel and faulting it in again took 40 % of a
     training step on a CPU (bench/LOG.md). Elsewhere this does nothing."""

@@ -61,7 +61,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import find_checkpoint, keep_memory, load_model
+from model import choose_device, find_checkpoint, keep_memory, load_model
 from prepare_fineweb import get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -156,9 +156,10 @@ def main(cfg):
         fail(f"{error}; train again, or name another with --checkpoint", code=1)
     path, checkpoint = found or fail(f"no checkpoint at {cfg.checkpoint or 'out'}; train one with "
                                      "`python train.py config/tiny.py`, or name it with --checkpoint")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        fail(f"device={cfg.device}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")
+    try:
+        device = choose_device(cfg.device)
+    except ValueError as error:
+        fail(error)
     model, encoding = load_model(checkpoint, device), get_tokenizer(checkpoint["data"]["tokenizer"])
     steps = cfg.steps or (model.cfg.timesteps if cfg.sampler == "ddpm" else min(64, model.cfg.timesteps))
     if steps > model.cfg.timesteps:

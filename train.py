@@ -103,7 +103,7 @@ import torch.utils.checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import SunFish, find_checkpoint, keep_memory
+from model import SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, keep_memory, peak_flops
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, read_meta, read_shard
 
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
@@ -220,8 +220,7 @@ def make_sample(cfg, windows, step, i, device):
     drop, share = torch.rand(2, generator=rng).tolist()
     visible = 0 if drop < cfg.conditioning_dropout else min(len(before), 1 + int(share * P))
     prompt = F.pad(before, (P - len(before), 0))
-    eps = torch.randn(T, cfg.token_dim, generator=generator(device, cfg.seed, step, i, "eps"),
-                      device=device)
+    eps = torch.randn(T, cfg.token_dim, generator=generator(device, cfg.seed, step, i, "eps"), device=device)
     return idx, t, eps, prompt, torch.arange(P) >= P - visible, torch.tensor(common)
 
 
@@ -255,6 +254,8 @@ class DenoisingLoss(nn.Module):
         x_prev = self.first_guess(x_t, log_snr, batch, table)
         output = net(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask)
         loss = diffusion.eps_loss(output, batch.eps) if cfg.objective == "eps" else diffusion.ce_loss(output, batch.idx)
+        if cfg.schedule != "gumbel" or cfg.objective == "eps":
+            return loss, torch.zeros_like(loss[:, 0])
         mu, log_beta, log_height = net.schedule
         level = torch.where(batch.common, log_snr[:, 0], 0)        # a given token's is infinite
         fit = diffusion.schedule_loss(loss.detach().mean(1), level, mu, log_beta.exp(), log_height.exp(),
@@ -263,9 +264,10 @@ class DenoisingLoss(nn.Module):
 
     @torch.no_grad()
     def first_guess(self, x_t, log_snr, batch, table):
-        """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others."""
+        """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others; with objective eps for
+        all, as in the origin design, whose guess of x_0 grows without limit at high noise."""
         n, x_prev = batch.guesses, torch.zeros_like(x_t)
-        if n:
+        if n and self.cfg.objective == "ce":
             inputs = x_t[:n], log_snr[:n]
             output = self.net(*inputs, x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n])
             x_prev[:n] = diffusion.make_read(self.cfg, table, self.net.vocab_size)(output, *inputs)[0]
@@ -301,45 +303,20 @@ def update_ema(ema, model, decay, step):
 
 # ---- evaluation ----
 
-def predictor(model, cfg):
-    """The averaged network as predict(x_t, log_snr) -> (x_0_hat, logits), two passes, no prompt."""
-    return diffusion.two_pass(model, diffusion.make_read(cfg, model.embedding(), model.vocab_size))
-
-
 def eval_windows(windows, n):
     """n windows spread evenly over the split, with repetition if it is smaller: (n, T)."""
     return torch.stack([windows[i * len(windows) // n][0] for i in range(n)])
 
 
 @torch.no_grad()
-def estimate_bound(model, cfg, idx):
-    """The bound on sequences idx (N, T) with fixed noise, in nats a token: its three parts, total and standard error."""
-    rng, noise = generator("cpu", "bound"), generator(idx.device, "bound")
-    alpha_bar, table = diffusion.make_schedule(cfg, model.schedule), model.embedding()
-    t = diffusion.stratified(len(idx), cfg.timesteps, rng)
-    draws = [diffusion.likelihood_bound(predictor(model, cfg), table, i, alpha_bar, t_i, noise)
-             for i, t_i in zip(idx.split(cfg.batch_size), t.split(cfg.batch_size), strict=True)]
-    parts = {name: torch.cat(draw) for name, draw in zip(diffusion.Bound._fields, zip(*draws, strict=True), strict=True)}
-    total = sum(parts.values())
-    return {**{k: v.mean().item() for k, v in parts.items()}, "bound": total.mean().item(),
-            "bound_error": (total.std() / len(total) ** 0.5).item()}
-
-
-@torch.no_grad()
-def ce_by_noise(model, cfg, idx, bands=8):
-    """Cross-entropy at fixed noise levels: rows (t, of the network, of the context-free posterior) in nats a token.
-
-    The gap between the two is what the network has learned about context; the training loss does not show it, because
-    a fitted schedule keeps the mean at half the entropy.
-    """
-    alpha_bar, table, rows = diffusion.make_schedule(cfg, model.schedule), model.embedding(), []
-    for k in range(bands):
-        t = torch.full(idx.shape, round((k + 0.5) / bands * cfg.timesteps), device=idx.device)
-        x_0, level = table[idx], diffusion.log_snr(t, alpha_bar)
-        x_t = diffusion.add_noise(x_0, t, alpha_bar, diffusion.randn(x_0, generator(idx.device, "band", k)))
-        outputs = predictor(model, cfg)(x_t, level)[1], model.likelihood(x_t, level, table)
-        rows.append((int(t[0, 0]), *(diffusion.ce_loss(out, idx).mean().item() for out in outputs)))
-    return rows
+def measure(model, idx, batch_size, bands=8):
+    """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on up to 256 of them, as a dict."""
+    table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
+    predict = diffusion.two_pass(model, diffusion.make_read(model.cfg, table, model.vocab_size))
+    free = partial(model.likelihood, E=table)
+    some = idx[::-(-len(idx) // 256)]
+    return {**diffusion.estimate_bound(predict, table, idx, alpha_bar, batch_size),
+            "ce_by_noise": diffusion.ce_by_noise(predict, free, table, some, alpha_bar, bands)}
 
 
 @torch.no_grad()
@@ -372,10 +349,9 @@ def show_text(model, cfg, encoding, window):
 def evaluate(model, cfg, windows, encoding, device):
     """Print bound, cross-entropy by noise and text; return the numbers as a row for the log."""
     idx = eval_windows(windows, cfg.eval_sequences).to(device)
-    row = estimate_bound(model, cfg, idx)
+    row = measure(model, idx, cfg.batch_size)
     print("  bound {bound:.3f} +- {bound_error:.3f} nats a token (reconstruction {reconstruction:.3f}, diffusion "
           "{diffusion:.3f}, prior {prior:.3f})".format(**row))
-    row["ce_by_noise"] = ce_by_noise(model, cfg, idx[:cfg.batch_size * 4])
     print("  t: network / context-free, nats: " + "  ".join(f"{t}: {a:.2f}/{b:.2f}" for t, a, b in row["ce_by_noise"]))
     row["text"] = show_text(model, cfg, encoding, windows[len(windows) // 2])
     for name, text in row["text"]:
@@ -427,48 +403,23 @@ def check_resumable(cfg, data, checkpoint):
 
 def choose_machine(cfg):
     """device, autocast dtype and whether to compile, each with the reason in the line that is printed."""
-    cuda = torch.cuda.is_available()
-    device, why_device = (("cuda", "found") if cuda else ("cpu", "no CUDA device")) if cfg.device == "auto" else \
-        (cfg.device, "asked for")
-    if device.split(":")[0] not in ("cuda", "cpu") or device.startswith("cuda") and not cuda:
-        fail(f"device={device}, but torch {torch.__version__} sees {'cuda and' if cuda else 'no CUDA device, only the'} "
-             "cpu; use --device=cpu or auto")
-    device = torch.device(device)
+    try:
+        device = choose_device(cfg.device)
+    except ValueError as error:
+        fail(error)
     on_gpu = device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_bf16()
+    fast = has_bf16(device)
     if cfg.dtype == "bfloat16" and on_gpu and not fast:
         fail(f"dtype=bfloat16, but {torch.cuda.get_device_name(device)} has none; use --dtype=float32")
     dtype = (torch.bfloat16 if fast else torch.float32) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    why_dtype = "asked for" if cfg.dtype != "auto" else "the hardware has it" if fast else "no fast bfloat16 here"
     compiled = on_gpu if cfg.compile == "auto" else cfg.compile == "true"
     if compiled and not on_gpu and not shutil.which(os.environ.get("CXX", "g++")):
         fail("compile=true, but there is no C++ compiler (g++) for the CPU; install one or use --compile=false")
+    why_device = "asked for" if cfg.device != "auto" else "found" if on_gpu else "no CUDA device"
+    why_dtype = "asked for" if cfg.dtype != "auto" else "the hardware has it" if fast else "no fast bfloat16 here"
     why_compile = "asked for" if cfg.compile != "auto" else "CUDA" if on_gpu else "true takes a minute, then is faster"
     print(f"device {device} ({why_device}), dtype {str(dtype)[6:]} ({why_dtype}), compile {compiled} ({why_compile})")
     return device, dtype, compiled
-
-
-def cpu_has_bf16():
-    """Whether the CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def flops_per_token(cfg, model):
-    """FLOPs of one training token: 6 a weight of forward and backward, 12 T n_embd a layer of attention, 2 more for each
-    weight in the share of sequences with a first guess; the table counts as the head and as the posterior mean."""
-    trunk = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim == 2)
-    table = model.table.numel()
-    attention = 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
-    return (6 + 2 * cfg.self_conditioning) * (trunk + attention + table) + (1 + cfg.self_conditioning) * 4 * table
-
-
-def peak_flops(device):
-    """Published dense bf16 FLOP/s of the CUDA device, or None."""
-    known = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for key, flops in known.items() if key in name), None)
 
 
 def dry_run(cfg, vocab_size=50_257):
@@ -582,7 +533,7 @@ def main(cfg):
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    stopped, peak, flops = catch_signals(), peak_flops(device), flops_per_token(cfg, raw_model)
+    stopped, peak, flops = catch_signals(), peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning)
     clock, clock_step, saved = time.perf_counter(), start, start
     for step in range(start, cfg.max_steps):
         lr = set_learning_rate(optimizer, cfg, step)

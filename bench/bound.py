@@ -6,7 +6,6 @@ How much of a text a checkpoint explains: its likelihood bound in nats a token, 
 The bound (two passes of self-conditioning, averaged weights, no prompt, stratified noise levels) is an upper bound on
 the text's negative log-likelihood; the training loss is not. The curve shows where along the noise context helps.
 """
-import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -46,23 +45,17 @@ def read_windows(path, encoding, block_size):
     return torch.tensor(ids[:len(ids) // block_size * block_size]).view(-1, block_size)
 
 
-def measure(model, encoding, cfg):
-    """The numbers of one checkpoint on one text, as a dict; nats a token throughout."""
-    settings = dataclasses.replace(train.Config(**dataclasses.asdict(model.cfg)), batch_size=cfg.batch_size)
-    windows = read_windows(cfg.text, encoding, model.cfg.block_size)
-    idx = windows[torch.arange(cfg.sequences) * len(windows) // cfg.sequences % len(windows)]
-    return {"unigram": -model.log_unigram[windows].mean().item(), "windows": len(windows), "pairs": cfg.sequences,
-            **train.estimate_bound(model, settings, idx),
-            "ce_by_noise": train.ce_by_noise(model, settings, idx[::max(1, len(idx) // 256)][:256], bands=16)}
-
-
 def main(cfg):
     keep_memory()
     found = find_checkpoint(cfg.checkpoint)
     if found is None or not Path(cfg.text).is_file():
         fail(f"checkpoint={cfg.checkpoint} or text={cfg.text!r} is not there; train one, and name a .jsonl or .txt file")
     path, checkpoint = found
-    row = measure(load_model(checkpoint), get_tokenizer(checkpoint["data"]["tokenizer"]), cfg)
+    model = load_model(checkpoint)
+    windows = read_windows(cfg.text, get_tokenizer(checkpoint["data"]["tokenizer"]), model.cfg.block_size)
+    idx = windows[torch.arange(cfg.sequences) * len(windows) // cfg.sequences]
+    row = {"unigram": -model.log_unigram[windows].mean().item(), "windows": len(windows), "pairs": cfg.sequences,
+           **train.measure(model, idx, cfg.batch_size, bands=16)}
     print(f"{path}, step {checkpoint['step']:,}, on {row['windows']:,} windows of {cfg.text}, {row['pairs']:,} pairs")
     print("bound {bound:.3f} +- {bound_error:.3f} nats a token = reconstruction {reconstruction:.4f} + diffusion "
           "{diffusion:.3f} + prior {prior:.4f}; unigram cross-entropy {unigram:.3f}".format(**row))

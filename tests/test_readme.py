@@ -40,7 +40,8 @@ def test_every_setting_in_the_config_files_is_one():
         assert names <= known, (path, names - known)
 
 
-def test_the_core_can_be_read_in_an_hour():
-    for name, most in (("configurator", 220), ("diffusion", 340), ("model", 260), ("prepare_fineweb", 470),
-                       ("train", 600), ("sample", 260)):
-        assert len((ROOT / f"{name}.py").read_text().splitlines()) <= most, name
+def test_the_core_is_as_short_as_the_readme_says():
+    said = int(re.search(r"about ([\d,]+) lines", README)[1].replace(",", ""))
+    files = "configurator diffusion model prepare_fineweb train sample".split()
+    lines = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in files)
+    assert abs(lines / said - 1) < 0.05, lines

@@ -1,6 +1,5 @@
 """Training: data order, batches, accumulation, overfitting, exact resumption, and what a user's mistake gets."""
 import contextlib
-import dataclasses
 import json
 import math
 import re
@@ -169,10 +168,10 @@ def test_bound_of_an_untrained_network_is_the_unigram_cross_entropy(windows):
     torch.manual_seed(0)
     log_p = windows.unigram()
     model = SunFish(cfg, 300, log_p)
-    idx = train.eval_windows(windows, 4000)
-    row = train.estimate_bound(model, dataclasses.replace(cfg, batch_size=500), idx)
-    assert abs(row["bound"] + log_p[idx].mean().item()) < 4 * row["bound_error"] < 0.2
-    assert all(abs(a - b) < 1e-3 for _, a, b in train.ce_by_noise(model, cfg, idx[:50]))
+    row = train.measure(model, train.eval_windows(windows, 4000), 500)
+    nll = -log_p[train.eval_windows(windows, 4000)].mean().item()
+    assert abs(row["bound"] - nll) < 4 * row["bound_error"] < 0.2
+    assert len(row["ce_by_noise"]) == 8 and all(abs(a - b) < 1e-3 for _, a, b in row["ce_by_noise"])
 
 
 def losses(folder):
