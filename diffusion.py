@@ -66,9 +66,9 @@ def make_schedule(cfg, fitted):
     if cfg.schedule == "gumbel":
         mu, log_beta, _ = fitted.detach().double()
         return gumbel_schedule(cfg.timesteps, mu, log_beta.exp(), math.sqrt(cfg.token_dim))
-    if cfg.schedule == "linear":
-        return linear_schedule(cfg.timesteps, cfg.beta_start, cfg.beta_end).to(fitted.device)
-    return {"cosine": cosine_schedule, "sqrt": sqrt_schedule}[cfg.schedule](cfg.timesteps).to(fitted.device)
+    make = {"linear": lambda n: linear_schedule(n, cfg.beta_start, cfg.beta_end), "cosine": cosine_schedule,
+            "sqrt": sqrt_schedule}[cfg.schedule]
+    return make(cfg.timesteps).to(fitted.device)
 
 
 def from_betas(betas):
@@ -91,13 +91,14 @@ def like(values, x):
 
 def add_noise(x_0, t, alpha_bar, eps):
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t is (B,) or (B, T)."""
-    alpha_bar = alpha_bar[t]
+    alpha_bar = alpha_bar.to(t.device)[t]
     return like(alpha_bar.sqrt(), x_0) * x_0 + like((1 - alpha_bar).sqrt(), x_0) * eps
 
 
 def log_snr(t, alpha_bar):
     """log(alpha_bar_t / (1 - alpha_bar_t)) in float32, of the shape of t; infinite at t = 0."""
-    return (torch.log(alpha_bar[t]) - torch.log1p(-alpha_bar[t])).float()
+    alpha_bar = alpha_bar.to(t.device)[t]
+    return (torch.log(alpha_bar) - torch.log1p(-alpha_bar)).float()
 
 
 def mix(*keys):
@@ -140,7 +141,7 @@ def step_indices(timesteps, steps):
 
 def sample_ddpm(denoise, x_T, alpha_bar, steps=None, rng=None):
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over all indices or a subset: x_T (B, T, C) -> x_0 (B, T, C)."""
-    return sample_ddim(denoise, x_T, alpha_bar, steps or len(alpha_bar) - 1, eta=1.0, rng=rng)
+    return sample_ddim(denoise, x_T, alpha_bar, len(alpha_bar) - 1 if steps is None else steps, eta=1.0, rng=rng)
 
 
 def sample_ddim(denoise, x_T, alpha_bar, steps=50, eta=0.0, rng=None):
@@ -303,7 +304,7 @@ def estimate_bound(predict, table, idx, alpha_bar, batch_size):
             "bound_error": (total.std() / len(total) ** 0.5).item()}
 
 
-def ce_by_noise(predict, free, table, idx, alpha_bar, bands=8):
+def ce_by_noise(predict, free, table, idx, alpha_bar, batch_size, bands=8):
     """Cross-entropy of idx (N, T) at fixed noise: rows (t, of the network, of the context-free posterior) in nats.
 
     `free(x_t, log_snr)` gives the logits of the latter. The gap is what the network has learnt about context; the training
@@ -311,9 +312,10 @@ def ce_by_noise(predict, free, table, idx, alpha_bar, bands=8):
     """
     rows = []
     for k in range(bands):
-        t = torch.full(idx.shape, round((k + 0.5) / bands * (len(alpha_bar) - 1)), device=idx.device)
-        x_0, level = table[idx], log_snr(t, alpha_bar)
-        x_t = add_noise(x_0, t, alpha_bar, randn(x_0, generator(idx.device, "band", k)))
-        logits = predict(x_t, level)[1], free(x_t, level)
-        rows.append((int(t[0, 0]), *(ce_loss(scores, idx).mean().item() for scores in logits)))
+        index, rng, losses = round((k + 0.5) / bands * (len(alpha_bar) - 1)), generator(idx.device, "band", k), []
+        for part in idx.split(batch_size):
+            t, x_0 = torch.full_like(part, index), table[part]
+            x_t, level = add_noise(x_0, t, alpha_bar, randn(x_0, rng)), log_snr(t, alpha_bar)
+            losses.append([ce_loss(logits, part).sum().item() for logits in (predict(x_t, level)[1], free(x_t, level))])
+        rows.append((index, *(sum(loss) / idx.numel() for loss in zip(*losses, strict=True))))
     return rows

@@ -11,7 +11,8 @@ A pre-norm transformer with full attention. Three things set it apart from a lan
 import ctypes
 import dataclasses
 import math
-import pickle
+import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -162,7 +163,7 @@ class SunFish(nn.Module):
 
     def trunk(self, mean, log_snr, x_prev, E, prompt, prompt_mask):
         B, T, _ = mean.shape
-        x = self.read(torch.cat((mean, x_prev), -1))                     # (B, T, n_embd)
+        x = self.read(torch.cat((mean, x_prev), -1)).float()             # (B, T, n_embd)
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
         angle = self.level(log_snr)[..., None] / 10 * freq
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
@@ -181,17 +182,20 @@ def choose_device(name):
     """The torch.device of "auto", "cpu", "cuda" or "cuda:1"; ValueError if it is not there."""
     cuda = torch.cuda.is_available()
     name = ("cuda" if cuda else "cpu") if name == "auto" else name
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device={name} is unknown; use auto, cpu or cuda")
     if name.startswith("cuda") and not cuda:
         raise ValueError(f"device={name}, but torch {torch.__version__} sees no CUDA device; use --device=cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if cuda and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
 
 
 def has_bf16(device):
     """Whether the device multiplies bfloat16 in hardware; a CPU that emulates it is slower than with float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
@@ -216,7 +220,7 @@ def flops_per_token(model, self_conditioning):
 def keep_memory():
     """Let glibc reuse the memory of large tensors: returning it to the kernel and faulting it in again took 40 % of a
     training step on a CPU (bench/LOG.md). Elsewhere this does nothing."""
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                  # M_MMAP_MAX: no allocation through mmap
         libc.mallopt(-1, 2 ** 31 - 1)        # M_TRIM_THRESHOLD: do not shrink the heap
@@ -233,21 +237,23 @@ def read_checkpoint(path):
         if damaged:
             raise ValueError(f"{path} is damaged at {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a sound checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:              # zipfile, zlib and the unpickler raise a dozen kinds
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not a sound checkpoint ({why})") from None
     if not isinstance(content, dict) or content.get("format") != 1:
         raise ValueError(f"{path} is not a SunFish checkpoint of format 1")
     return content
 
 
 def find_checkpoint(place):
-    """(path, content) of the file `place`, or of the newest sound checkpoint in or below the folder; None if it has none.
-
-    A damaged file is passed over with a warning; ValueError if all are.
+    """(path, content) of the file `place`, or of the last sound checkpoint in the folder, or else in the folder below it
+    that was written last; None if there is none. A damaged file is passed over with a warning; ValueError if all are.
     """
     place = Path(place)
-    paths = [place] if place.is_file() else list(place.glob("ckpt_*.pt")) or list(place.rglob("ckpt_*.pt"))
-    for path in sorted(paths, key=lambda p: (p.stat().st_mtime, p.name), reverse=True):
+    below = [] if place.is_file() else sorted(place.rglob("ckpt_*.pt"), key=os.path.getmtime)
+    here = place if place in {path.parent for path in below} or not below else below[-1].parent
+    paths = [place] if place.is_file() else sorted(here.glob("ckpt_*.pt"), reverse=True)
+    for path in paths:
         try:
             return path, read_checkpoint(path)
         except ValueError as error:

@@ -38,6 +38,8 @@ class Config:
         for name, known in (("mode", ("generate", "infill")), ("sampler", ("ddim", "ddpm"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use {' or '.join(known)}")
+        if self.sampler == "ddpm" and self.eta != 1:
+            raise ValueError(f"eta={self.eta}, but sampler=ddpm is eta=1; use --sampler=ddim")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta={self.eta} is not between 0 (deterministic) and 1 (ddpm)")
         if self.steps < 0 or self.seq_len < 0:
@@ -93,8 +95,8 @@ def read_blanks(text, encode):
     idx, known, end = [], [], 0
     for blank in BLANK.finditer(text):
         n = int(blank[1]) if blank[1] else DEFAULT_BLANK
-        if n < 1:
-            fail(f"{blank[0].strip()} is a blank of no tokens; write [MASK:1] or more")
+        if not 1 <= n <= 10_000:
+            fail(f"{blank[0].strip()} is a blank of {n} tokens; write [MASK:1] or some more")
         given = encode(text[end:blank.start()])
         idx, known, end = idx + given + [0] * n, known + [True] * len(given) + [False] * n, blank.end()
     given = encode(text[end:])
@@ -144,8 +146,7 @@ def sample(model, cfg, canvas, numbers, watch, steps):
         network = diffusion.guided(prompted, model, cfg.guidance_scale)
     read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
-    eta = 1.0 if cfg.sampler == "ddpm" else cfg.eta
-    return diffusion.generate(network, read, table, alpha_bar, idx, known, steps, eta, rng, watch)
+    return diffusion.generate(network, read, table, alpha_bar, idx, known, steps, cfg.eta, rng, watch)
 
 
 def main(cfg):
@@ -168,9 +169,11 @@ def main(cfg):
         f"{device}")
     prompts = read_prompts(cfg.prompt)
     canvases = [make_canvas(cfg, model.cfg, prompt, encoding.encode_ordinary) for prompt in prompts]
-    if cfg.mode == "generate" and not all(len(prompt) for _, _, prompt in canvases):
-        say("no prompt: the samples are unconditional" +
-            ("" if cfg.guidance_scale == Config.guidance_scale else ", and guidance_scale has nothing to guide"))
+    if not all(len(prompt) for _, _, prompt in canvases):
+        if cfg.mode == "generate":
+            say("no prompt: the samples are unconditional")
+        if cfg.guidance_scale != Config.guidance_scale:
+            say(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
     started, tokens, calls = time.perf_counter(), 0, 0
     for prompt, canvas in zip(prompts, canvases, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
@@ -194,4 +197,7 @@ def write(cfg, prompt, number, text):
 
 
 if __name__ == "__main__":
-    main(CFG)
+    try:
+        main(CFG)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -153,8 +153,8 @@ class Windows:
 
     def unigram(self, tokens=20_000_000):
         """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
-        count = sum(np.bincount(shard[:tokens // len(self.shards)], minlength=self.vocab_size) for shard in self.shards)
-        count = count[:self.vocab_size] + 0.5
+        some = (shard[:tokens // len(self.shards)] for shard in self.shards)
+        count = 0.5 + sum(np.bincount(ids, minlength=self.vocab_size)[:self.vocab_size] for ids in some)
         return torch.from_numpy(np.log(count / count.sum())).float()
 
 
@@ -274,23 +274,24 @@ class DenoisingLoss(nn.Module):
         return x_prev
 
 
-def make_optimizer(model, cfg, device):
-    """AdamW in three groups: matrices with weight decay, the rest without, the schedule's scalars at their own rate."""
+def make_optimizer(model, cfg):
+    """AdamW in three groups, to be set by set_learning_rate: matrices, the rest, the schedule's scalars."""
     named = dict(model.named_parameters())
     matrix = {n for n, p in named.items() if n.endswith(".weight") and p.ndim == 2}
-    groups = [dict(params=[p for n, p in named.items() if n in matrix], weight_decay=cfg.weight_decay),
-              dict(params=[p for n, p in named.items() if n not in matrix and n != "schedule"], weight_decay=0.0),
-              dict(params=[model.schedule], weight_decay=0.0)]
+    groups = [dict(params=[p for n, p in named.items() if n in matrix]),
+              dict(params=[p for n, p in named.items() if n not in matrix and n != "schedule"]),
+              dict(params=[model.schedule])]
     assert sum(len(g["params"]) for g in groups) == len(named), f"groups do not cover all of {list(named)}"
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Linear warm-up, then a cosine to zero; returns the rate."""
+    """Linear warm-up, then a cosine to zero, and the weight decay, which a resumed run may change; returns the rate."""
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
     factor = (step + 1) / cfg.warmup_steps if step < cfg.warmup_steps else 0.5 * (1 + math.cos(math.pi * done))
-    for group, peak in zip(optimizer.param_groups, (cfg.learning_rate, cfg.learning_rate, SCHEDULE_RATE), strict=True):
-        group["lr"] = peak * factor
+    settings = (cfg.learning_rate, cfg.weight_decay), (cfg.learning_rate, 0.0), (SCHEDULE_RATE, 0.0)
+    for group, (peak, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
+        group.update(lr=peak * factor, weight_decay=weight_decay)
     return cfg.learning_rate * factor
 
 
@@ -316,7 +317,7 @@ def measure(model, idx, batch_size, bands=8):
     free = partial(model.likelihood, E=table)
     some = idx[::-(-len(idx) // 256)]
     return {**diffusion.estimate_bound(predict, table, idx, alpha_bar, batch_size),
-            "ce_by_noise": diffusion.ce_by_noise(predict, free, table, some, alpha_bar, bands)}
+            "ce_by_noise": diffusion.ce_by_noise(predict, free, table, some, alpha_bar, batch_size, bands)}
 
 
 @torch.no_grad()
@@ -386,14 +387,13 @@ def save_checkpoint(cfg, step, data, model, ema, optimizer, wandb_id):
 def check_resumable(cfg, data, checkpoint):
     """Refuse another network or other data than the checkpoint's; print what else differs."""
     before = checkpoint["config"]
-    fixed = [f.name for f in dataclasses.fields(ModelConfig)]
-    changed = [name for name in before if before[name] != getattr(cfg, name, before[name])]
+    fixed = {f.name for f in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens"}     # network and data order
+    changed = [name for name in before if name != "resume" and before[name] != getattr(cfg, name, before[name])]
+    wrong = [f"{name}={getattr(cfg, name)} is {before[name]}" for name in changed if name in fixed]
+    if wrong:
+        fail(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another --out_dir")
     for name in changed:
-        if name in fixed:
-            fail(f"{name}={getattr(cfg, name)} but the checkpoint in {cfg.out_dir} has {name}={before[name]}; "
-                 "resume with that, or choose another --out_dir")
-        if name != "resume":
-            print(f"resuming with {name}={getattr(cfg, name)}, was {before[name]}")
+        print(f"resuming with {name}={getattr(cfg, name)}, was {before[name]}")
     if data["fingerprint"] != checkpoint["data"]["fingerprint"]:
         fail(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was trained on "
              f"{checkpoint['data']['label']} ({checkpoint['data']['fingerprint']}); resume with that --dataset")
@@ -412,12 +412,14 @@ def choose_machine(cfg):
     if cfg.dtype == "bfloat16" and on_gpu and not fast:
         fail(f"dtype=bfloat16, but {torch.cuda.get_device_name(device)} has none; use --dtype=float32")
     dtype = (torch.bfloat16 if fast else torch.float32) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    compiled = on_gpu if cfg.compile == "auto" else cfg.compile == "true"
-    if compiled and not on_gpu and not shutil.which(os.environ.get("CXX", "g++")):
-        fail("compile=true, but there is no C++ compiler (g++) for the CPU; install one or use --compile=false")
+    compiler = shutil.which(os.environ.get("CC", "gcc") if on_gpu else os.environ.get("CXX", "g++"))
+    compiled = on_gpu and bool(compiler) if cfg.compile == "auto" else cfg.compile == "true"
+    if compiled and not compiler:
+        fail("compile=true, but there is no C++ compiler (gcc, g++); install one or use --compile=false")
     why_device = "asked for" if cfg.device != "auto" else "found" if on_gpu else "no CUDA device"
     why_dtype = "asked for" if cfg.dtype != "auto" else "the hardware has it" if fast else "no fast bfloat16 here"
-    why_compile = "asked for" if cfg.compile != "auto" else "CUDA" if on_gpu else "true takes a minute, then is faster"
+    why_compile = "asked for" if cfg.compile != "auto" else "CUDA" if compiled else "no compiler" if on_gpu else \
+        "true takes a minute, then is faster"
     print(f"device {device} ({why_device}), dtype {str(dtype)[6:]} ({why_dtype}), compile {compiled} ({why_compile})")
     return device, dtype, compiled
 
@@ -449,11 +451,13 @@ def describe_batch(cfg):
 # ---- the loop ----
 
 class Log:
-    """Rows to out_dir/log.jsonl and, if asked, to Weights & Biases."""
+    """Rows to out_dir/log.jsonl, less those after step `start`, and, if asked, to Weights & Biases."""
 
-    def __init__(self, cfg, wandb_id):
-        self.file = open(Path(cfg.out_dir) / "log.jsonl", "a", buffering=1)
-        self.run = None
+    def __init__(self, cfg, start, wandb_id):
+        path = Path(cfg.out_dir) / "log.jsonl"
+        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= start))
+        self.file, self.run = open(path, "a", buffering=1), None
         if cfg.wandb_log:
             import wandb
             try:
@@ -464,7 +468,10 @@ class Log:
         self.wandb_id = self.run.id if self.run else wandb_id
 
     def write(self, **row):
-        self.file.write(json.dumps(row) + "\n")
+        try:
+            self.file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            fail(f"cannot write {self.file.name} ({error.strerror}); free some space and resume", code=1)
         if self.run:
             import wandb
             numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
@@ -502,24 +509,29 @@ def catch_signals():
 def main(cfg):
     if cfg.dry_run:
         return dry_run(cfg)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but training on several processes is not there yet; start one, "
+             "without torchrun")
+    stopped = catch_signals()
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
     data, train_windows, val_windows = open_data(cfg)
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
 
+    checkpoint = open_out_dir(cfg)
+    if checkpoint:
+        check_resumable(cfg, data, checkpoint)
+    start = checkpoint["step"] if checkpoint else 0
+    log = Log(cfg, start, checkpoint and checkpoint["wandb_id"])
+
     torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
     raw_model = SunFish(cfg, vocab_size, train_windows.unigram()).to(device)
     ema = copy.deepcopy(raw_model).requires_grad_(False)
-    optimizer = make_optimizer(raw_model, cfg, device)
-    checkpoint = open_out_dir(cfg)
-    start = 0
+    optimizer = make_optimizer(raw_model, cfg)
     if checkpoint:
-        check_resumable(cfg, data, checkpoint)
         raw_model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-    log = Log(cfg, checkpoint and checkpoint["wandb_id"])
     if cfg.activation_checkpointing:
         for block in raw_model.blocks:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
@@ -533,11 +545,16 @@ def main(cfg):
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    stopped, peak, flops = catch_signals(), peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning)
+    peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning)
     clock, clock_step, saved = time.perf_counter(), start, start
     for step in range(start, cfg.max_steps):
         lr = set_learning_rate(optimizer, cfg, step)
-        loss = train_step(model, cfg, train_windows, step, device, autocast)
+        try:
+            loss = train_step(model, cfg, train_windows, step, device, autocast)
+        except torch.OutOfMemoryError:
+            fail(f"out of memory with {cfg.batch_size} sequences of {cfg.block_size} tokens, peak "
+                 f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; halve batch_size, accumulation keeps the step the "
+                 "same", code=1)
         grad_norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf).item()
         if not math.isfinite(loss + grad_norm):
             fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}; nothing was updated; resume "
@@ -558,13 +575,12 @@ def main(cfg):
             log.write(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
                       tokens=done * cfg.batch_tokens, schedule=raw_model.schedule.tolist())
             clock, clock_step = now, done
-        if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
-            row = evaluate(ema, cfg, val_windows, encoding, device)
-            log.write(step=done, **row)
-            clock, clock_step = time.perf_counter(), done
         if done % cfg.save_interval == 0 or last:
             path = save_checkpoint(cfg, done, data, raw_model, ema, optimizer, log.wandb_id)
-            saved = done
+            saved, clock, clock_step = done, time.perf_counter(), done
+        if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
+            log.write(step=done, **evaluate(ema, cfg, val_windows, encoding, device))
+            clock, clock_step = time.perf_counter(), done
         if leaving:
             print(f"saved {path}; the same command with --resume=True goes on")
             raise SystemExit(128 + leaving[0])
@@ -589,13 +605,14 @@ def open_out_dir(cfg):
         (folder / "log.jsonl").touch()
     except OSError as error:
         fail(f"cannot write to out_dir={folder} ({error.strerror}); choose another --out_dir")
+    if not any(folder.glob("ckpt_*.pt")):
+        if cfg.resume:
+            print(f"nothing to resume in {folder}: starting at step 0")
+        return None
     try:
-        found = find_checkpoint(folder)
+        return find_checkpoint(folder)[1]
     except ValueError as error:
         fail(f"{error}; start again in another --out_dir", code=1)
-    if cfg.resume and not found:
-        print(f"nothing to resume in {folder}: starting at step 0")
-    return found and found[1]
 
 
 if __name__ == "__main__":

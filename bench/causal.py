@@ -85,23 +85,19 @@ def main(cfg):
     data, windows, val_windows = train.open_data(cfg)
     torch.manual_seed(cfg.seed)
     twin = Twin(cfg, data["vocab_size"], windows.unigram()).to(device)
-    named = {n: p for n, p in twin.net.named_parameters() if n != "schedule"}
-    optimizer = torch.optim.AdamW(named.values(), lr=cfg.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = train.make_optimizer(twin.net, cfg)
     model = torch.compile(twin) if compiled else twin
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     val = train.eval_windows(val_windows, 1024).to(device)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     log, clock = open(Path(cfg.out_dir) / "log.jsonl", "a", buffering=1), time.perf_counter()
     for step in range(cfg.max_steps):
-        done = min(1, (step + 1) / cfg.warmup_steps)
-        rest = max(0, step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.learning_rate * done * 0.5 * (1 + math.cos(math.pi * rest))
+        train.set_learning_rate(optimizer, cfg, step)
         batch = train.make_batch(cfg, windows, step, range(cfg.samples), device)
         with autocast():
             loss = model(batch.idx).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(named.values(), cfg.grad_clip or math.inf)
+        nn.utils.clip_grad_norm_(twin.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.max_steps:

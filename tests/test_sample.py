@@ -33,9 +33,11 @@ def test_same_seed_same_text_whatever_the_batch(checkpoint):
 
 
 def test_guidance_at_one_and_eta_zero(checkpoint):
-    """Scale 0 ignores the prompt, and DDPM is DDIM at eta 1."""
+    """Scale 0 ignores the prompt, scale 1 calls the network once a step, and DDPM is DDIM at eta 1."""
     assert texts(checkpoint, "--prompt=the sea", "--guidance_scale=0") == texts(checkpoint)
-    assert texts(checkpoint, "--sampler=ddpm", "--steps=6") == texts(checkpoint, "--eta=1")
+    assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
+    assert "12 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
+    assert texts(checkpoint, "--sampler=ddpm") == texts(checkpoint, "--eta=1")
     assert texts(checkpoint, "--eta=0") == texts(checkpoint, "--eta=0") != texts(checkpoint, "--eta=1")
 
 
@@ -70,9 +72,11 @@ def test_blanks_are_cut_out_before_encoding():
     (["--checkpoint=nowhere"], "train one with"),
     (["--mode=infill", "--text=no blank"], "no [MASK]"),
     (["--mode=infill", "--text=a [mask]"], "in capitals"),
-    (["--mode=infill", "--text=a [MASK:0]"], "a blank of no tokens"),
-    (["--mode=infill", "--text=a [MASK:99999]"], "more than the 24"),
+    (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
+    (["--mode=infill", "--text=a [MASK:99999]"], "a blank of 99999 tokens"), (["--mode=infill", "--text=a [MASK:99]"], "more than the 24"),
     (["--mode=infill"], "no [MASK]"),
+    (["--mode=infill", "--text=a [MASK:9999999999]"], "write [MASK:1]"),
+    (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
     (["--mode=write"], "use generate or infill"),
     (["--prompt", "dog " * 50], "more than the 8"),
     (["--seq_len=25"], "25 tokens are more than the 24"),

@@ -155,7 +155,7 @@ def test_eps_objective_overfits_one_batch_and_decodes_it_which_a_blind_guess_doe
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     cfg = config("--warmup_steps=10", "--max_steps=110")
-    optimizer = train.make_optimizer(SunFish(cfg, 50), cfg, torch.device("cpu"))
+    optimizer = train.make_optimizer(SunFish(cfg, 50), cfg)
     rates = [train.set_learning_rate(optimizer, cfg, step) for step in range(110)]
     assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[60] == pytest.approx(5e-4) and 0 < rates[-1] < 1e-6
@@ -176,11 +176,14 @@ def test_bound_of_an_untrained_network_is_the_unigram_cross_entropy(windows):
 
 def losses(folder):
     rows = [json.loads(line) for line in open(folder / "log.jsonl")]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)), "each step is logged once"
+    return dict(found)
 
 
-def test_killed_and_resumed_is_bitwise_the_run_that_never_stopped(shards, tmp_path):
-    command = ["train.py", *SIZE, f"--dataset={shards}", "--max_steps=24", "--save_interval=6"]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_and_resumed_is_bitwise_the_run_that_never_stopped(shards, tmp_path, dtype):
+    command = ["train.py", *SIZE, f"--dataset={shards}", "--max_steps=24", "--save_interval=6", f"--dtype={dtype}"]
     run([*command, f"--out_dir={tmp_path / 'whole'}"])
     halves = [*command, f"--out_dir={tmp_path / 'killed'}"]
     process = subprocess.Popen([sys.executable, *halves], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -195,6 +198,8 @@ def test_killed_and_resumed_is_bitwise_the_run_that_never_stopped(shards, tmp_pa
     whole, killed = (read_checkpoint(tmp_path / name / "ckpt_00000024.pt") for name in ("whole", "killed"))
     for part in ("model", "ema"):
         assert all(torch.equal(a, killed[part][name]) for name, a in whole[part].items())
+    moments = [run["optimizer"]["state"].values() for run in (whole, killed)]
+    assert all(torch.equal(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in zip(*moments, strict=True))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
     assert sorted(p.name for p in (tmp_path / "killed").glob("ckpt*")) == ["ckpt_00000018.pt", "ckpt_00000024.pt"]
     again = run([*halves, "--resume=True"])
@@ -236,13 +241,24 @@ def test_mistakes_get_one_line_and_leave_nothing(args, words, shards, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_full_size_wants_web_text_and_one_process(tmp_path, monkeypatch):
+    command = ["train.py", ROOT / "config/full.py", f"--out_dir={tmp_path / 'out'}", "--dataset=no_such_fineweb"]
+    assert "python prepare_fineweb.py" in call(command, code=2).stderr
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2" in call(command, code=2).stderr and not (tmp_path / "out").exists()
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(shards, tmp_path):
     command = ["train.py", *SIZE, f"--dataset={shards}", "--max_steps=1", f"--out_dir={tmp_path / 'run'}"]
     call(command)
     assert "already holds a run" in call(command, code=2).stderr
     out = call([*command, "--resume=True", "--n_layer=2"], code=2)
-    assert "n_layer=2" in out.stderr and "n_layer=1" in out.stderr
-    out = call([*command, "--resume=True", "--learning_rate=0.5", "--max_steps=2"])
+    assert "n_layer=2 is 1" in out.stderr
+    out = call([*command, "--resume=True", "--seed=2"], code=2)
+    assert "seed=2 is 1" in out.stderr
+    out = call([*command, "--resume=True", "--learning_rate=0.5", "--max_steps=2", "--weight_decay=0.2"])
+    content = read_checkpoint(tmp_path / "run" / "ckpt_00000002.pt")
+    assert content["optimizer"]["param_groups"][0]["weight_decay"] == 0.2
     assert "resuming with learning_rate=0.5, was 0.001" in out.stdout
 
 
