@@ -236,7 +236,7 @@ def open_source(source, revision=""):
         revision = next(texts)
     else:
         files = find_files(source)
-        revision = f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
+        revision = f"{len(files)} file{'s'[:len(files) - 1]}, {sum(path.stat().st_size for path in files):,} bytes"
         texts = (text for path in files for text in read_file(path))
     return revision, (text for text in texts if text.strip())
 

@@ -68,8 +68,9 @@ class Twin(nn.Module):
 
     def forward(self, idx):
         net, table = self.net, self.net.embedding()
-        before = F.pad(table[idx[:, :-1]], (0, 0, 1, 0))                        # zeros stand before the window
-        x = net.read(torch.cat((before, torch.zeros_like(before)), -1))
+        before = table[idx[:, :-1]]
+        x = net.read(torch.cat((before, torch.zeros_like(before)), -1)).float()
+        x = torch.cat((net.null.expand(len(idx), 1, -1), x), 1)         # a learned vector stands before the window
         pos, noise = torch.arange(idx.size(1), device=idx.device), net.time_out.bias.to(x.dtype)
         for block in net.blocks:
             x = block(x, noise, pos, None, None, None)

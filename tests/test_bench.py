@@ -21,6 +21,8 @@ def test_the_causal_twin_sees_the_past_only_and_starts_as_a_unigram_model():
     idx = torch.randint(50, (2, 12))
     assert torch.allclose(twin(idx), -log_p[idx], atol=1e-5)
     torch.nn.init.normal_(twin.net.write.weight)
+    twin(idx).mean().backward()
+    assert all(p.grad.norm() < 1e3 for p in twin.parameters() if p.grad is not None)
     other = idx.clone()
     other[:, 7] = (idx[:, 7] + 1) % 50
     change = (twin(idx) - twin(other)).abs()
