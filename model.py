@@ -3,7 +3,7 @@ The network of SunFish: noisy token vectors in, scores over the vocabulary out.
 
 A pre-norm transformer with full attention. Three things set it apart from a language model's usual trunk:
 - the input at each position is the *context-free posterior mean* of the noisy vector, the best guess of the token from
-  its own noise alone, so that a position drowned in noise looks blank instead of loud (measured in bench/LOG.md);
+  its own noise alone, so that a position drowned in noise looks blank instead of loud;
 - each position carries its own noise level, and a given token is simply one without noise;
 - the output adds the exact Gaussian log-likelihood of the noisy vector under every token (the output prior of Plaid,
   Gulrajani & Hashimoto 2023), so at initialisation the model already is that context-free posterior.

@@ -38,7 +38,7 @@ class Config(ModelConfig):
     device: str = "auto"                 # auto, cpu, cuda, cuda:1
     dtype: str = "auto"                  # auto, float32, bfloat16: of the trunk's matrix products
     compile: str = "auto"                # auto, true, false: torch.compile
-    activation_checkpointing: bool = False   # recompute the blocks in the backward pass: less memory, a third slower
+    activation_checkpointing: bool = False   # recompute the blocks in the backward pass: less memory, more time
     dry_run: bool = False                # print sizes, batch and memory, then stop
     # log
     log_interval: int = 10               # steps between log lines

@@ -321,7 +321,7 @@ def test_shards_budget_meta_and_rerun(tmp_path):
     assert "prepared with vocab_size=300;" in run(tmp_path, *args, "--vocab_size=301", code=2)
     assert contents(folder) == before
     write_jsonl(tmp_path / "t.jsonl", sentences(401))
-    assert "revision=1 files" in run(tmp_path, *args, code=2)
+    assert "revision=1 file" in run(tmp_path, *args, code=2)
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
