@@ -55,7 +55,7 @@ def main(cfg):
     windows = read_windows(cfg.text, get_tokenizer(checkpoint["data"]["tokenizer"]), model.cfg.block_size)
     idx = windows[torch.arange(cfg.sequences) * len(windows) // cfg.sequences]
     row = {"unigram": -model.log_unigram[windows].mean().item(), "windows": len(windows), "pairs": cfg.sequences,
-           **train.measure(model, idx, cfg.batch_size, bands=16)}
+           **train.measure(model, idx, cfg.batch_size, bands=16, curve=256)}
     print(f"{path}, step {checkpoint['step']:,}, on {row['windows']:,} windows of {cfg.text}, {row['pairs']:,} pairs")
     print("bound {bound:.3f} +- {bound_error:.3f} nats a token = reconstruction {reconstruction:.4f} + diffusion "
           "{diffusion:.3f} + prior {prior:.4f}; unigram cross-entropy {unigram:.3f}".format(**row))
