@@ -77,26 +77,25 @@ def parse_count(text):
     return round(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[match[2]])
 
 
-def write_file(path, data):
+def write_file(path, *pieces):
     """Replace `path` by the bytes in one step: after a crash there is the old file or the new one; OSError names it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({len(data):,} bytes): {error.strerror}") from None
+        raise OSError(f"cannot write {path} ({sum(map(len, pieces)):,} bytes): {error.strerror}") from None
 
 
 def write_shard(path, tokens):
     """Write `tokens` (n,) as one shard; returns its entry for meta.json. OSError if that fails."""
-    header = np.zeros(HEADER_BYTES // 4, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    data = np.asarray(tokens).astype("<u2").tobytes()
-    write_file(path, header.tobytes() + data)
+    header = np.array([MAGIC, VERSION, len(tokens)], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
+    data = np.asarray(tokens, "<u2").data.cast("B")     # a view: a shard of the usual size is 200 MB
+    write_file(path, header, data)
     return {"name": path.name, "tokens": len(tokens), "bytes": HEADER_BYTES + len(data),
             "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
 
@@ -224,7 +223,7 @@ def encode(tokenizer, text):
     # cut before a word, which leaves the tokens alone: tiktoken overflows its stack on a million newlines at once
     pieces = re.findall(r"(?s).{1,50000}(?= \S|\Z)|.{1,50000}", text)
     tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-    return np.concatenate([[tokenizer.eot_token], *tokens]).astype(np.uint16)
+    return np.concatenate([[tokenizer.eot_token], *tokens], dtype=np.uint16, casting="unsafe")
 
 
 def open_source(source, revision=""):
@@ -374,8 +373,7 @@ def open_meta(cfg, path):
     first = next(texts, None)
     if not first:
         raise ValueError(f"no tokens in source={cfg.source}, nothing written; give it text that is not blank")
-    texts = itertools.chain([first], texts)
-    spec = train_tokenizer(texts, cfg.vocab_size) if kind == "corpus" else {"name": "gpt2"}
+    spec = train_tokenizer(itertools.chain([first], texts), cfg.vocab_size) if kind == "corpus" else {"name": "gpt2"}
     about, licence = ABOUT.get(cfg.source, ("text of your own", "yours"))
     return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
             "tokenizer": spec, "vocab_size": get_tokenizer(spec).n_vocab, **dict.fromkeys(COUNTS, 0), "offset": 0,
@@ -386,8 +384,7 @@ def write_shards(cfg, meta, path):
     """Read on where `meta` ends, and write the shards of a part to its end, with `meta` to `path` after each."""
     (i, n), size = map(int, cfg.part.split("/")), cfg.shard_tokens
     goal = -(-parse_count(cfg.max_tokens) // n) or sys.maxsize         # training tokens of this part
-    _, texts = open_source(cfg.source, meta["revision"])
-    texts = itertools.islice(texts, i + n * meta["documents"], None, n)
+    texts = itertools.islice(open_source(cfg.source, meta["revision"])[1], i + n * meta["documents"], None, n)
     train, val = array("H"), array("H")                 # tokens that no shard has yet
     start = meta["offset"]                              # in the first document: the last shard ends there
     for tokens, is_val, replaced in encode_all(texts, cfg, meta, goal):
@@ -395,7 +392,7 @@ def write_shards(cfg, meta, path):
         start = 0
         while len(train) > size and meta["train_tokens"] + size < goal:
             meta["offset"] = len(tokens) - len(train) + size
-            save(path, meta, train[:size], val)
+            save(path, meta, memoryview(train)[:size], val)
             del train[:size], val[:]
         meta["documents"] += 1
         meta["replaced"] += replaced
@@ -414,28 +411,31 @@ def balance(train, val, meta):
     total = len(train) + len(val) + meta["train_tokens"] + meta["val_tokens"]
     missing = max(1, min(total // 20, 8192)) - len(val) - meta["val_tokens"]
     keep = max(1, len(train) - max(0, missing)) if meta["settings"]["val_fraction"] else len(train)
-    return train[:keep], val + train[keep:]
+    return memoryview(train)[:keep], val + train[keep:]
 
 
 def encode_all(texts, cfg, meta, goal):
     """(tokens, is it for validation, bytes replaced) of each text in order, by threads: tiktoken releases the GIL."""
     from tqdm import tqdm
-    tokenizer = get_tokenizer(meta["tokenizer"])
+    tokenizer, workers = get_tokenizer(meta["tokenizer"]), cfg.workers or os.cpu_count()
 
     def encode_one(text):
-        text, replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()     # the same in any order and part
+        data, replaced = re.subn(b"\xed[\xa0-\xbf].", "\ufffd".encode(), text.encode("utf-8", "surrogatepass"))
+        text = data.decode() if replaced else text      # U+FFFD for each lone surrogate; a str is slower to search
+        digest = hashlib.blake2b(data, digest_size=8).digest()              # the same in any order and part
         return encode(tokenizer, text), int.from_bytes(digest, "little") < cfg.val_fraction * 2**64, replaced
 
-    with (ThreadPoolExecutor(cfg.workers or os.cpu_count()) as pool,
+    with (ThreadPoolExecutor(workers) as pool,
           tqdm(total=goal if goal < sys.maxsize else None, initial=meta["train_tokens"], unit=" tokens",
                unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar):
-        batches = iter(lambda: list(itertools.islice(texts, 256)), [])
-        encoded = itertools.chain((pool.map(encode_one, batch) for batch in batches), [()])
-        for rows, _ in itertools.pairwise(encoded):     # the next batch is read and at work by then
-            for row in rows:
-                bar.update(len(row[0]))
-                yield row
+        batches = iter(lambda: list(itertools.islice(texts, 16)), [])       # one at a time costs the threads more
+        tasks = (pool.submit(list, map(encode_one, batch)) for batch in batches)
+        waiting = collections.deque(itertools.islice(tasks, 8 * workers))
+        while waiting:
+            rows = waiting.popleft().result()
+            waiting.extend(itertools.islice(tasks, 1))
+            bar.update(sum(len(row[0]) for row in rows))
+            yield from rows
 
 
 def save(path, meta, train, val):

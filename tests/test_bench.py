@@ -11,6 +11,7 @@ import configurator
 sys.path.insert(0, str(ROOT / "bench"))
 
 import causal           # noqa: E402
+import prepare          # noqa: E402
 
 
 def test_the_causal_twin_sees_the_past_only_and_starts_as_a_unigram_model():
@@ -40,3 +41,20 @@ def test_the_bound_of_a_checkpoint_on_a_text(shards, tmp_path):
     assert "unigram cross-entropy" in out and row["pairs"] == 64 and len(row["ce_by_noise"]) == 16
     assert row["bound"] == pytest.approx(row["reconstruction"] + row["diffusion"] + row["prior"])
     assert call(["bound.py", f"--checkpoint={tmp_path / 'none'}", "--text=x"], code=2).stderr.startswith("error: ")
+
+
+def test_prepare_is_measured_beside_tiktoken_alone(tmp_path, monkeypatch):
+    try:
+        tokenizer = prepare.pf.get_tokenizer({"name": "gpt2"})
+    except SystemExit:
+        pytest.skip("GPT-2's vocabulary is neither cached nor can it be downloaded")
+    monkeypatch.setattr(prepare.pf, "get_tokenizer", prepare.pf.get_tokenizer)          # put back afterwards
+    texts = [f"{i} small dogs went home over the old sea, and then the boat went too. " * 20 for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = call(["prepare.py", f"--source={tmp_path / 't.jsonl'}", "--documents=25", "--workers=1", "--repeats=2",
+                f"--out={tmp_path / 'row.json'}"]).stdout
+    row = json.loads((tmp_path / "row.json").read_text())
+    expected = [len(tokenizer.encode_ordinary(text)) + 1 for text in texts[:50]]
+    assert [part["tokens"] for part in row["rows"]] == [sum(expected[:25]), sum(expected[25:])]
+    assert "median of 2" in out and 0.03 < row["peak_gb"] < 2 and row["ratio"] > 0 and row["rest_ns"] > 0
+    assert call(["prepare.py", "--source=nowhere.txt"], code=2).stderr.startswith("error: source=nowhere.txt")

@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +349,20 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
     run(tmp_path, *args, "--out=killed")                                # a shard is gone: made again
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert sorted(documents(tmp_path / "killed", "train") + documents(tmp_path / "killed", "val")) == sorted(texts)
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    """A shard is written without a copy, and few documents are read ahead of those that are encoded."""
+    tokens = array("H", bytes(8_000_000))
+    tracemalloc.start()
+    pf.write_shard(tmp_path / "train_000000.bin", memoryview(tokens)[:3_000_000])
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+    texts, meta = map(str, itertools.count()), {"tokenizer": pf.train_tokenizer([], 257), "train_tokens": 0}
+    rows = pf.encode_all(texts, pf.Config(workers=2), meta, sys.maxsize)
+    assert [len(row[0]) for row in itertools.islice(rows, 1000)] == [1 + len(str(i)) for i in range(1000)]
+    rows.close()
+    assert int(next(texts)) < 1300
 
 
 def test_a_document_longer_than_shards_is_resumed_inside(tmp_path, monkeypatch):
