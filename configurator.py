@@ -11,9 +11,12 @@ import difflib
 import inspect
 import math
 import operator
+import os
 import re
 import shlex
+import signal
 import sys
+import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +62,14 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def fail(message, code=2) -> typing.NoReturn:
-    """End the program with one line on stderr: code 2 is the user's mistake, 1 a fault at run time."""
+    """End the program with one line on stderr: code 2 is the user's mistake, 1 a fault at run time.
+
+    Most mistakes are those of all the processes that torchrun started on a machine: the first one speaks at once, and
+    torchrun then ends the others before they repeat it.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 

@@ -239,8 +239,8 @@ def generate(network, read, table, alpha_bar, idx, known, steps=50, eta=0.0, rng
 # ---- objectives ----
 
 def ce_loss(logits, idx):
-    """Cross-entropy of the tokens idx (B, T) in nats: (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none").view_as(idx)
+    """Cross-entropy in nats of the tokens idx (...) under logits (..., V): (...)."""
+    return F.cross_entropy(logits.flatten(0, -2), idx.flatten(), reduction="none").view_as(idx)
 
 
 def eps_loss(eps_hat, eps):

@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import ModelConfig
 
 CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond which nothing changes: readable, blind
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
+SCORES = 2 ** 25              # most scores over the vocabulary that stand in memory at once: 134 MB in float32
 
 
 def norm(x):
@@ -40,6 +42,17 @@ def rotate(x, positions):
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def in_chunks(f, width, *inputs):
+    """f(*inputs), for inputs (B, T, ...) and a function of each position that needs `width` scores for it: so many
+    positions at a time as SCORES allows, whose scores are computed anew in the backward pass instead of kept."""
+    B, T, size = *inputs[0].shape[:2], max(1, SCORES // width)
+    if B * T <= size:
+        return f(*inputs)
+    chunks = zip(*(x.flatten(0, 1).split(size) for x in inputs), strict=True)
+    done = [checkpoint(f, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.cat(done).unflatten(0, (B, T))
 
 
 class Attention(nn.Module):
@@ -133,6 +146,9 @@ class SunFish(nn.Module):
         self.time_out.bias[2 * d:3 * d] = 1.0
         self.time_out.bias[5 * d:] = 1.0
         self.read.weight[:, self.cfg.token_dim:].zero_()
+        for unused in (self.table, self.bias) if self.cfg.objective == "eps" else ():
+            unused.requires_grad_(False)
+        self.schedule.requires_grad_(self.cfg.objective == "ce" and self.cfg.schedule == "gumbel")
 
     def embedding(self):
         return F.normalize(self.table.float(), dim=-1) * math.sqrt(self.cfg.token_dim)
@@ -152,13 +168,22 @@ class SunFish(nn.Module):
 
     def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None):
         E = self.embedding()
+        h = self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, E)
+        return h if self.cfg.objective == "eps" else self.scores(h, E)
+
+    def hidden(self, x_t, log_snr, x_prev, prompt, prompt_mask, E):
+        """What the scores are read from, or eps_hat for objective eps: (B, T, C) in float32, given E = embedding()."""
         if self.cfg.objective == "eps":
-            return self.trunk(x_t, log_snr, x_prev, E.detach(), prompt, prompt_mask).float()
+            return self.trunk(x_t, log_snr, x_prev, E, prompt, prompt_mask).float()
         with torch.no_grad():
-            mean = self.likelihood(x_t, log_snr, E).softmax(-1) @ E
+            signal = self.precision(log_snr)[..., None] * x_t
+            mean = in_chunks(lambda x: (x @ E.T + self.log_unigram).softmax(-1) @ E, len(E), signal)
         h = self.trunk(mean, log_snr, x_prev, E, prompt, prompt_mask)
-        with torch.autocast(x_t.device.type, enabled=False):
-            h = h.float() / math.sqrt(self.cfg.token_dim) + self.precision(log_snr)[..., None] * x_t
+        return h.float() / math.sqrt(self.cfg.token_dim) + signal
+
+    def scores(self, h, E):
+        """hidden (..., C) -> logits (..., V) in float32."""
+        with torch.autocast(h.device.type, enabled=False):
             return h @ E.T + (self.log_unigram + self.bias)
 
     def trunk(self, mean, log_snr, x_prev, E, prompt, prompt_mask):
@@ -208,6 +233,14 @@ def peak_flops(device):
     return next((flops for key, flops in known.items() if key in name), None)
 
 
+def peak_gb(device):
+    """The most memory so far in GB: of tensors on a CUDA device, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource                                          # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 976562.5)
+
+
 def flops_per_token(model, self_conditioning):
     """FLOPs of training on one token: 6 for each weight of trunk and head, 2 more in the share with a first guess,
     attention as 2 T n_embd more weights a layer, and the posterior mean as 4 for each weight of the table and pass."""
@@ -227,7 +260,8 @@ def keep_memory():
 
 
 def read_checkpoint(path):
-    """The content of a checkpoint file, on the CPU. Only plain types are unpickled, and every byte is checked first.
+    """The content of a checkpoint file, its tensors mapped from the disk. Only plain types are unpickled, and every byte
+    is checked first.
 
     Raises ValueError if the file is not a sound checkpoint: torch.load alone does not notice a flipped bit.
     """
@@ -236,12 +270,12 @@ def read_checkpoint(path):
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"{path} is damaged at {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:              # zipfile, zlib and the unpickler raise a dozen kinds
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a sound checkpoint ({why})") from None
-    if not isinstance(content, dict) or content.get("format") != 1:
-        raise ValueError(f"{path} is not a SunFish checkpoint of format 1")
+    if not isinstance(content, dict) or content.get("format") != 2:
+        raise ValueError(f"{path} is not a SunFish checkpoint of format 2")
     return content
 
 

@@ -330,6 +330,8 @@ def prepare(cfg):
         if not meta["finished"]:
             with lock(path.with_suffix(".lock")):
                 write_shards(cfg, meta, path)
+    except BlockingIOError:
+        fail(f"another prepare_fineweb.py is at work in {path.parent}; wait for it")
     except ValueError as error:
         fail(error)
     except OSError as error:
@@ -342,14 +344,12 @@ def prepare(cfg):
 
 
 def lock(path):
-    """The file `path`, locked until it is closed; ValueError if another process holds the lock."""
-    import fcntl                                        # not on Windows, where shards can still be read
+    """The file `path`, open to read and to append, locked until it is closed; BlockingIOError if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "w")
-    try:
+    file = open(path, "a+", encoding="utf-8")
+    if os.name == "posix":                              # elsewhere nothing guards the folder
+        import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another prepare_fineweb.py is at work in {path.parent}; wait for it") from None
     return file
 
 

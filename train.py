@@ -6,8 +6,11 @@ Train SunFish: pre-tokenized shards in, checkpoints and a log out.
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
 The data order and all noise are functions of (seed, step, index of the sample in its step), so a run that stops at a
-checkpoint and resumes is the run that never stopped, and nothing but the step number has to be remembered.
+checkpoint and resumes is the run that never stopped, on any number of processes, and nothing but the step number has to
+be remembered. The network and its loss know nothing of processes: `distribute` wraps them, and a step sums its numbers.
 """
+import os
+import signal
 from dataclasses import dataclass
 
 from configurator import ModelConfig, describe, fail, load
@@ -36,6 +39,7 @@ class Config(ModelConfig):
     # machine
     seed: int = 1                        # of weights, data order and noise
     device: str = "auto"                 # auto, cpu, cuda, cuda:1
+    parallel: str = "auto"               # auto, ddp, fsdp: of torchrun's processes; auto shards if the GPU is too small
     dtype: str = "auto"                  # auto, float32, bfloat16: of the trunk's matrix products
     compile: str = "auto"                # auto, true, false: torch.compile
     activation_checkpointing: bool = False   # recompute the blocks in the backward pass: less memory, more time
@@ -44,7 +48,8 @@ class Config(ModelConfig):
     log_interval: int = 10               # steps between log lines
     eval_interval: int = 500             # steps between evaluations; 0 is off
     eval_sequences: int = 256            # sequences for the bound at an evaluation
-    save_interval: int = 500             # steps between checkpoints; the last two are kept
+    save_interval: int = 500             # steps between checkpoints
+    keep_last: int = 2                   # so many of the newest checkpoints are kept
     keep_interval: int = 0               # steps between checkpoints kept for good; 0 is off
     guidance_scale: float = 2.0          # of the prompted sample at an evaluation
     wandb_log: bool = False              # also log to Weights & Biases
@@ -54,7 +59,7 @@ class Config(ModelConfig):
         """Raise ValueError, in one line that says what to do, for settings that cannot work."""
         super().check()
         for names, low, high in (
-                ("batch_size batch_tokens max_steps log_interval save_interval eval_sequences", 1, 1e18),
+                ("batch_size batch_tokens max_steps log_interval save_interval keep_last eval_sequences", 1, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
                 ("p_independent p_given self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate", 1e-12, 1e3)):
@@ -64,48 +69,72 @@ class Config(ModelConfig):
         if self.p_independent + self.p_given > 1:
             raise ValueError(f"p_independent={self.p_independent} and p_given={self.p_given} add up to more than 1; "
                              "lower one of them")
-        for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false")):
+        for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false"), ("parallel", "auto ddp fsdp")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {known}")
-        batch = self.batch_size * self.block_size
+        alone = self.batch_size * self.block_size
+        batch = alone * world_size()
         if self.batch_tokens % batch:
             near = max(1, round(self.batch_tokens / batch)) * batch
-            raise ValueError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} (batch_size * "
-                             f"block_size); try {near:,}")
+            what = f"batch_size * block_size * world_size={world_size()}" if world_size() > 1 else "batch_size * block_size"
+            n = self.batch_tokens // alone
+            fits = "" if self.batch_tokens % alone else \
+                f", or so many processes: {', '.join(str(i) for i in range(1, n + 1) if n % i == 0)}"
+            raise ValueError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try {near:,}{fits}")
 
     @property
     def samples(self):
-        """Sequences in an optimizer step."""
+        """Sequences in an optimizer step, of all processes."""
         return self.batch_tokens // self.block_size
 
 
+def rank():
+    """The number of this process among all that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # until there is something to save
     CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
 
-import copy                 # noqa: E402
+import contextlib                 # noqa: E402
+import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
-import signal
 import sys
 import time
+import weakref
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, keep_memory, peak_flops
-from prepare_fineweb import find_dataset, find_shards, get_tokenizer, read_meta, read_shard
+from model import SCORES, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory, peak_flops, peak_gb
+from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
 
+DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
 
 
@@ -247,14 +276,16 @@ class DenoisingLoss(nn.Module):
     def forward(self, batch):
         net, cfg = self.net, self.cfg
         table = net.embedding()                                                           # (V, C)
-        x_0 = table[batch.idx].detach() if cfg.objective == "eps" else table[batch.idx]   # (B, T, C)
+        x_0 = table[batch.idx]                                                            # (B, T, C)
         alpha_bar = diffusion.make_schedule(cfg, net.schedule.detach())
         x_t = diffusion.add_noise(x_0, batch.t, alpha_bar, batch.eps)
         log_snr = diffusion.log_snr(batch.t, alpha_bar)                                   # (B, T)
         x_prev = self.first_guess(x_t, log_snr, batch, table)
-        output = net(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask)
-        loss = diffusion.eps_loss(output, batch.eps) if cfg.objective == "eps" else diffusion.ce_loss(output, batch.idx)
-        if cfg.schedule != "gumbel" or cfg.objective == "eps":
+        hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, table)
+        if cfg.objective == "eps":
+            return diffusion.eps_loss(hidden, batch.eps), torch.zeros_like(hidden[:, 0, 0])
+        loss = in_chunks(lambda h, idx: diffusion.ce_loss(net.scores(h, table), idx), len(table), hidden, batch.idx)
+        if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss[:, 0])
         mu, log_beta, log_height = net.schedule
         level = torch.where(batch.common, log_snr[:, 0], 0)        # a given token's is infinite
@@ -266,21 +297,31 @@ class DenoisingLoss(nn.Module):
     def first_guess(self, x_t, log_snr, batch, table):
         """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others; with objective eps for
         all, as in the origin design, whose guess of x_0 grows without limit at high noise."""
-        n, x_prev = batch.guesses, torch.zeros_like(x_t)
-        if n and self.cfg.objective == "ce":
-            inputs = x_t[:n], log_snr[:n]
-            output = self.net(*inputs, x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n])
-            x_prev[:n] = diffusion.make_read(self.cfg, table, self.net.vocab_size)(output, *inputs)[0]
+        x_prev = torch.zeros_like(x_t)
+        if not self.cfg.self_conditioning or self.cfg.objective == "eps":
+            return x_prev
+        n = max(1, batch.guesses)       # sharded processes must all call the network, though one may have no guess to make
+        hidden = self.net.hidden(x_t[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], table)
+        read = diffusion.read_logits(table)
+        guess = in_chunks(lambda h: read(self.net.scores(h, table), None, None)[0], len(table), hidden)
+        x_prev[:batch.guesses] = guess[:batch.guesses]
         return x_prev
+
+
+def recompute_blocks(net, cfg):
+    """The network, whose blocks, if asked, keep their input only and run again in the backward pass."""
+    for block in net.blocks if cfg.activation_checkpointing else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return net
 
 
 def make_optimizer(model, cfg):
     """AdamW in three groups, to be set by set_learning_rate: matrices, the rest, the schedule's scalars."""
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrix = {n for n, p in named.items() if n.endswith(".weight") and p.ndim == 2}
     groups = [dict(params=[p for n, p in named.items() if n in matrix]),
               dict(params=[p for n, p in named.items() if n not in matrix and n != "schedule"]),
-              dict(params=[model.schedule])]
+              dict(params=[p for n, p in named.items() if n == "schedule"])]
     assert sum(len(g["params"]) for g in groups) == len(named), f"groups do not cover all of {list(named)}"
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
 
@@ -313,6 +354,7 @@ def eval_windows(windows, n):
 def measure(model, idx, batch_size, bands=8, curve=32):
     """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict."""
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
+    batch_size = max(1, min(batch_size, SCORES // (idx.size(1) * len(table))))
     predict = diffusion.two_pass(model, diffusion.make_read(model.cfg, table, model.vocab_size))
     free = partial(model.likelihood, E=table)
     some = idx[::-(-len(idx) // curve)]
@@ -347,9 +389,9 @@ def show_text(model, cfg, encoding, window):
                        f" (truth: [{decode(idx[2][hole])}])")]
 
 
-def evaluate(model, cfg, windows, encoding, device):
+def evaluate(model, cfg, windows, encoding):
     """Print bound, cross-entropy by noise and text; return the numbers as a row for the log."""
-    idx = eval_windows(windows, cfg.eval_sequences).to(device)
+    idx = eval_windows(windows, cfg.eval_sequences).to(model.table.device)
     row = measure(model, idx, cfg.batch_size)
     print("  bound {bound:.3f} +- {bound_error:.3f} nats a token (reconstruction {reconstruction:.3f}, diffusion "
           "{diffusion:.3f}, prior {prior:.3f})".format(**row))
@@ -362,23 +404,38 @@ def evaluate(model, cfg, windows, encoding, device):
 
 # ---- checkpoints ----
 
-def save_checkpoint(cfg, step, data, model, ema, optimizer, wandb_id):
-    """Write out_dir/ckpt_STEP.pt: plain types and tensors, complete or not at all; drop all but the last two."""
-    path = Path(cfg.out_dir) / f"ckpt_{step:08d}.pt"
-    content = dict(format=1, step=step, config=dataclasses.asdict(cfg), data=data, wandb_id=wandb_id,
-                   model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+def gather_state(model, ema, optimizer):
+    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others."""
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(model=dcp.get_model_state_dict(model, options=options),
+                ema=dcp.get_model_state_dict(ema, options=options),
+                optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def restore_state(checkpoint, model, ema, optimizer):
+    """The inverse of gather_state: the first process has the checkpoint, the others None."""
+    state = checkpoint or dict.fromkeys(("model", "ema", "optimizer"), {})
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    dcp.set_model_state_dict(model, state["model"], options=options)
+    dcp.set_model_state_dict(ema, state["ema"], options=options)
+    dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+def save_checkpoint(cfg, **content):
+    """Write out_dir/ckpt_STEP.pt: plain types and tensors, complete or not at all; drop all but the newest."""
+    path = Path(cfg.out_dir) / f"ckpt_{content['step']:08d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save(dict(format=2, config=dataclasses.asdict(cfg), world_size=world_size(), **content), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # a full disk is a RuntimeError of torch.save
         temporary.unlink(missing_ok=True)
-        size = sum(p.numel() for p in model.parameters()) * 16 / 1e9
-        fail(f"could not write {path} ({error}); it needs about {size:.2f} GB, free some space and resume", code=1)
-    for old in sorted(path.parent.glob("ckpt_*.pt"))[:-2]:
+        needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
+        fail(f"could not write {path} ({error}); it needs {needed:,} bytes, free some space and resume", code=1)
+    for old in sorted(path.parent.glob("ckpt_*.pt"))[:-cfg.keep_last]:
         if not cfg.keep_interval or int(old.stem[5:]) % cfg.keep_interval:
             old.unlink()
     return path
@@ -394,6 +451,8 @@ def check_resumable(cfg, data, checkpoint):
         fail(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another --out_dir")
     for name in changed:
         print(f"resuming with {name}={getattr(cfg, name)}, was {before[name]}")
+    if checkpoint["world_size"] != world_size():
+        print(f"resuming on {world_size()} processes, was {checkpoint['world_size']}: the same batches and noise")
     if data["fingerprint"] != checkpoint["data"]["fingerprint"]:
         fail(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was trained on "
              f"{checkpoint['data']['label']} ({checkpoint['data']['fingerprint']}); resume with that --dataset")
@@ -403,8 +462,9 @@ def check_resumable(cfg, data, checkpoint):
 
 def choose_machine(cfg):
     """device, autocast dtype and whether to compile, each with the reason in the line that is printed."""
+    shared = "RANK" in os.environ and cfg.device in ("auto", "cuda") and torch.cuda.is_available()
     try:
-        device = choose_device(cfg.device)
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if shared else cfg.device)
     except ValueError as error:
         fail(error)
     on_gpu = device.type == "cuda"
@@ -424,73 +484,292 @@ def choose_machine(cfg):
     return device, dtype, compiled
 
 
-def dry_run(cfg, vocab_size=50_257):
-    """Print what a run with GPT-2's vocabulary would be, from a model without memory."""
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, and the most that stood at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        made = f(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
+            if storage not in self.alive:
+                self.alive[storage] = True
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.count, -storage.nbytes())
+        return made
+
+    def count(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def estimate_memory(cfg, vocab_size, device, dtype):
+    """Bytes of weights, averages and optimizer between steps, and the peak within one: two steps on tensors without
+    memory (FakeTensorMode), so every setting counts as it does in training."""
+    B, T, P = cfg.batch_size, cfg.block_size, cfg.prompt_size
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), torch.device(device), Peak() as peak:
+        net, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size)
+        model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
+        shapes = ((B, T), torch.int64), ((B, T), torch.int64), ((B, T, cfg.token_dim), None), ((B, P), torch.int64), \
+            ((B, P), torch.bool), ((B,), torch.bool)
+        accumulates = cfg.samples > cfg.batch_size * world_size()
+        for last in (True, False, True) if accumulates else (True, True):
+            batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), B // 2)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss, fit = model(batch)
+            (loss.sum() + fit.sum()).backward()
+            del loss, fit, batch
+            if last:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                update_ema(ema, net, cfg.ema_decay, 0)
+        return peak.now, peak.most
+
+
+def dry_run(cfg):
+    """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
+    process = peak_gb(torch.device("cpu")) * 1e9
+    device, dtype, _ = choose_machine(cfg)
+    folders = (Path(root, name) for name in cfg.dataset.split(",") for root in ("data", ""))
+    folder = next((folder for folder in folders if any(folder.glob("meta*.json"))), None)
+    vocab_size = read_meta(folder)["vocab_size"] if folder else 50_257
     with torch.device("meta"):
-        model = SunFish(cfg, vocab_size)
-    n, table = sum(p.numel() for p in model.parameters()), model.table.numel() + model.bias.numel()
-    tokens = cfg.batch_size * cfg.block_size
-    layers = 1 if cfg.activation_checkpointing else cfg.n_layer
-    wide = 2 if cfg.dtype != "float32" else 4
-    activations = tokens * (layers * 34 * cfg.n_embd * wide + cfg.n_layer * cfg.n_embd * 4)
-    logits = tokens * model.table.size(0) * 4 * 3
+        net = SunFish(cfg, vocab_size)
+    n, table = sum(p.numel() for p in net.parameters()), net.table.numel() + net.bias.numel()
+    state, most = estimate_memory(cfg, vocab_size, device, dtype)
+    process = process if device.type == "cpu" else 0
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, "
-          f"vocabulary {vocab_size:,} (GPT-2), table {model.table.size(0):,} rows")
+          f"vocabulary {vocab_size:,} ({folder or 'GPT-2'}), table {net.table.size(0):,} rows")
     print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table:,} without the table")
     print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e9:.2f}B tokens")
-    print(f"memory, estimated: weights, gradients, AdamW and average {n * 20 / 1e9:.2f} GB, activations "
-          f"{activations / 1e9:.2f} GB, logits {logits / 1e9:.2f} GB, in all "
-          f"{(n * 20 + activations + logits) / 1e9:.2f} GB; a checkpoint {n * 16 / 1e9:.2f} GB")
+    print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak of a step "
+          f"{(most + process) / 1e9:.2f} GB")
+    sharded = (state + 4 * n) / 8 + most - state - 4 * n
+    print(f"  the same with parallel=fsdp on 8 devices: {sharded / 1e9:.2f} GB on each, with the same batch_size")
+    print(f"checkpoint: {n * 16 / 1e9:.2f} GB, {n * 16 / DISK:.0f} s to write at {DISK / 1e9:.0f} GB/s")
 
 
 def describe_batch(cfg):
-    return (f"{cfg.batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x "
-            f"{cfg.samples // cfg.batch_size} accumulated")
+    processes = f"{world_size()} processes x " if world_size() > 1 else ""
+    return (f"{cfg.batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x {processes}"
+            f"{cfg.samples // cfg.batch_size // world_size()} accumulated")
+
+
+# ---- processes: nothing above knows how many there are, nothing below needs to ----
+
+def join_processes(device):
+    """Meet the other processes that torchrun started, if it started this one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))        # the first one evaluates and saves alone
+
+
+@contextlib.contextmanager
+def first_on_machine():
+    """The first process of each machine goes ahead, to prepare data if there is none; then the others follow."""
+    waits = os.environ.get("LOCAL_RANK", "0") != "0"
+    if dist.is_initialized() and waits:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not waits:
+        dist.barrier()
+
+
+def share(value):
+    """The first process's value, in all."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def reduce(numbers, device, op):
+    """The sum or maximum of each number over all processes, as a list of floats."""
+    numbers = torch.as_tensor(numbers, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, op)
+    return numbers.tolist()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_network(net, cfg, vocab_size, device):
+    """The network itself, or, where it is sharded, a copy of it on the first process."""
+    if not any(isinstance(p, DTensor) for p in net.parameters()):
+        return net
+    state = dcp.get_model_state_dict(net, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank():
+        return None
+    copied = SunFish(cfg, vocab_size)
+    copied.load_state_dict(state)
+    return copied.to(device)
+
+
+def distribute(cfg, net, ema, device, dtype, compiled):
+    """The loss of the network as one module to call, compiled and, under torchrun, replicated or sharded; moves both
+    networks to the device. Sharding is FSDP2 by block, with the parameters in `dtype` and gradients summed in float32."""
+    size = sum(p.numel() for p in net.parameters()) * 20        # weights, gradients, two moments, average
+    small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
+    kind = "none" if not dist.is_initialized() else cfg.parallel if cfg.parallel != "auto" else "ddp" if small else "fsdp"
+    print(f"processes {world_size()}, parallel {kind} ({'asked for' if kind == cfg.parallel else f'{size / 1e9:.1f} GB of state'})")
+    loss_fn = DenoisingLoss(recompute_blocks(net, cfg), cfg)
+    if kind == "fsdp":
+        for block in net.blocks if compiled else ():
+            block.forward = torch.compile(block.forward)
+        shard = partial(fully_shard, mesh=init_device_mesh(device.type, (world_size(),)))
+        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+        for block in (*net.blocks, *ema.blocks):
+            shard(block, mp_policy=policy)
+        shard(ema)
+        return shard(loss_fn)
+    net.to(device)
+    ema.to(device)
+    model = torch.compile(loss_fn) if compiled else loss_fn
+    return DistributedDataParallel(model, broadcast_buffers=False) if kind == "ddp" else model
 
 
 # ---- the loop ----
 
+def open_out_dir(cfg, data):
+    """The locked log and the checkpoint to resume, or None; a folder that holds a run is never overwritten unasked."""
+    folder = Path(cfg.out_dir)
+    if any(folder.glob("ckpt_*.pt")) and not cfg.resume:
+        fail(f"{folder} already holds a run; continue it with --resume=True, or choose another --out_dir")
+    try:
+        log = lock(folder / "log.jsonl")
+        for stump in folder.glob("ckpt_*.tmp"):
+            stump.unlink()
+        found = find_checkpoint(folder) if any(folder.glob("ckpt_*.pt")) else None
+    except BlockingIOError:
+        fail(f"another train.py is at work in {folder}; wait for it, or choose another --out_dir")
+    except OSError as error:
+        fail(f"cannot write to out_dir={folder} ({error.strerror}); choose another --out_dir")
+    except ValueError as error:
+        fail(f"{error}; start again in another --out_dir", code=1)
+    if found:
+        check_resumable(cfg, data, found[1])
+        for path in folder.glob("ckpt_*.pt"):
+            if path > found[0]:                         # damaged; it must not count as one of the last that are kept
+                path.rename(path.with_suffix(".damaged"))
+    elif cfg.resume:
+        print(f"nothing to resume in {folder}: starting at step 0")
+    return log, found[1] if found else None
+
+
 class Log:
     """Rows to out_dir/log.jsonl, less those after step `start`, and, if asked, to Weights & Biases."""
 
-    def __init__(self, cfg, start, wandb_id):
-        path = Path(cfg.out_dir) / "log.jsonl"
-        rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= start))
-        self.file, self.run = open(path, "a", buffering=1), None
+    def __init__(self, cfg, file, start, wandb_id):
+        file.seek(0)
+        rows = [row for row in file if row.endswith("\n") and json.loads(row)["step"] <= start]
+        file.truncate(0)
+        file.writelines(rows)
+        self.file, self.run, self.wandb_id = file, None, wandb_id
         if cfg.wandb_log:
             import wandb
-            try:
-                self.run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, id=wandb_id,
-                                      config=dataclasses.asdict(cfg), resume="allow")
-            except wandb.errors.UsageError as error:
-                fail(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline")
-        self.wandb_id = self.run.id if self.run else wandb_id
+            self.run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, id=wandb_id,
+                                  config=dataclasses.asdict(cfg), resume="allow")
+            self.wandb_id = self.run.id
 
     def write(self, **row):
         try:
             self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         except OSError as error:
             fail(f"cannot write {self.file.name} ({error.strerror}); free some space and resume", code=1)
-        if self.run:
-            import wandb
-            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-            text = {"text": wandb.Table(["kind", "text"], row["text"])} if "text" in row else {}
-            self.run.log({**numbers, **text}, step=row["step"])
+        try:
+            if self.run:
+                import wandb
+                numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+                text = {"text": wandb.Table(["kind", "text"], row["text"])} if "text" in row else {}
+                self.run.log({**numbers, **text}, step=row["step"])
+        except Exception as error:                      # whatever it raises, the run is worth more than its picture
+            print(f"warning: Weights & Biases is given up ({type(error).__name__}: {error})", file=sys.stderr)
+            self.run = None
+
+
+def log_in(cfg):
+    """Ask Weights & Biases for an account before anything is made, if it is wanted."""
+    if cfg.wandb_log:
+        import wandb
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            fail(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline")
+
+
+def micro_batches(cfg, rank, world_size):
+    """The samples (indices within the step) of each batch that one process accumulates."""
+    return [range(first, first + cfg.batch_size)
+            for first in range(rank * cfg.batch_size, cfg.samples, world_size * cfg.batch_size)]
 
 
 def train_step(model, cfg, windows, step, device, autocast):
-    """Gradients of one optimizer step, accumulated; returns the mean loss of the noised tokens."""
-    total = torch.zeros(2, device=device)
-    for first in range(0, cfg.samples, cfg.batch_size):
-        batch = make_batch(cfg, windows, step, range(first, first + cfg.batch_size), device)
-        with autocast():
-            loss, fit = model(batch)
-        noised = batch.t > 0
-        loss = torch.where(noised, loss, 0).sum()
-        (loss / cfg.batch_tokens + fit.sum() / cfg.samples).backward()
+    """Gradients of one optimizer step over all processes; returns the mean loss of the noised tokens and the seconds
+    that this process waited for data."""
+    total, waited, batches = torch.zeros(2, device=device), 0.0, micro_batches(cfg, rank(), world_size())
+    for samples in batches:
+        clock = time.perf_counter()
+        batch = make_batch(cfg, windows, step, samples, device)
+        waited += time.perf_counter() - clock
+        unsynced = getattr(model, "no_sync", contextlib.nullcontext) if samples != batches[-1] else contextlib.nullcontext
+        with unsynced():
+            with autocast():
+                loss, fit = model(batch)
+            noised = batch.t > 0
+            loss = torch.where(noised, loss, 0).sum()
+            mean = loss / cfg.batch_tokens + fit.sum() / cfg.samples
+            (mean * world_size()).backward()                        # gradients are averaged over the processes
         total += torch.stack((loss.detach(), noised.sum()))
-    return (total[0] / total[1]).item()
+    loss, noised = reduce(total, device, dist.ReduceOp.SUM)
+    return loss / noised, waited
+
+
+def watch_spikes(seen, loss):
+    """Count losses more than six standard deviations above their running mean: (steps, mean, variance, spikes), updated."""
+    steps, mean, variance, spikes = seen
+    spike = steps >= 50 and loss > mean + 6 * math.sqrt(variance)
+    share = max(1 / (steps + 1), 0.01)
+    return steps + 1, mean + share * (loss - mean), (1 - share) * (variance + share * (loss - mean) ** 2), spikes + spike
+
+
+class Meter:
+    """Times the steps since it was last read, and the part of them spent waiting for data; not evaluations and saves."""
+
+    def __init__(self):
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def start(self):
+        self.clock = time.perf_counter()
+
+    def stop(self, waited):
+        self.steps, self.waited = self.steps + 1, self.waited + waited
+        self.seconds += time.perf_counter() - self.clock
+
+    def read(self, batch_tokens):
+        row = dict(tokens_per_second=self.steps * batch_tokens / self.seconds, step_ms=1000 * self.seconds / self.steps,
+                   data_ms=1000 * self.waited / self.steps)
+        self.__init__()
+        return row
+
+
+def print_row(cfg, row, flops_share):
+    """The line of the log; flops_share is the part of the hardware's FLOP/s that one token a second takes, or None."""
+    rate = row["tokens_per_second"]
+    left = (cfg.max_steps - row["step"]) * cfg.batch_tokens / rate
+    mfu = f" mfu {rate * flops_share:.1%}" if flops_share else ""
+    spikes = f" spikes {row['spikes']}" if row["spikes"] else ""
+    print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f}{spikes_} {tokens_per_second:,.0f} "
+          "tokens/s{mfu} step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(
+              max_steps=cfg.max_steps, spikes_=spikes, mfu=mfu, left=format_time(left), **row), flush=True)
 
 
 def catch_signals():
@@ -509,34 +788,31 @@ def catch_signals():
 def main(cfg):
     if cfg.dry_run:
         return dry_run(cfg)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but training on several processes is not there yet; start one, "
-             "without torchrun")
-    stopped = catch_signals()
+    if rank():
+        sys.stdout = open(os.devnull, "w")              # one voice; faults still go to stderr
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
-    data, train_windows, val_windows = open_data(cfg)
+    join_processes(device)
+    with first_on_machine():
+        data, train_windows, val_windows = open_data(cfg)
+    if share(data["fingerprint"]) != data["fingerprint"]:
+        fail(f"the data of process {rank()}, {data['label']}, is not that of process 0; prepare the same on every machine")
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
 
-    checkpoint = open_out_dir(cfg)
-    if checkpoint:
-        check_resumable(cfg, data, checkpoint)
-    start = checkpoint["step"] if checkpoint else 0
-    log = Log(cfg, start, checkpoint and checkpoint["wandb_id"])
+    log = checkpoint = None
+    if rank() == 0:
+        log_in(cfg)
+        file, checkpoint = open_out_dir(cfg, data)
+        log = Log(cfg, file, checkpoint["step"] if checkpoint else 0, checkpoint and checkpoint["wandb_id"])
+    start, spikes = share((checkpoint["step"], checkpoint["spikes"]) if checkpoint else (0, (0, 0.0, 0.0, 0)))
 
     torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
-    raw_model = SunFish(cfg, vocab_size, train_windows.unigram()).to(device)
+    raw_model = SunFish(cfg, vocab_size, train_windows.unigram())
     ema = copy.deepcopy(raw_model).requires_grad_(False)
+    model = distribute(cfg, raw_model, ema, device, dtype, compiled)
     optimizer = make_optimizer(raw_model, cfg)
-    if checkpoint:
-        raw_model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if cfg.activation_checkpointing:
-        for block in raw_model.blocks:
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    loss_fn = DenoisingLoss(raw_model, cfg)
-    model = torch.compile(loss_fn) if compiled else loss_fn
+    if start:
+        restore_state(checkpoint, raw_model, ema, optimizer)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")
@@ -546,44 +822,52 @@ def main(cfg):
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
     peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning)
-    clock, clock_step, saved = time.perf_counter(), start, start
+    stopped, saved, meter = catch_signals(), start, Meter()
+    leaving = 0
     for step in range(start, cfg.max_steps):
+        meter.start()
         lr = set_learning_rate(optimizer, cfg, step)
         try:
-            loss = train_step(model, cfg, train_windows, step, device, autocast)
+            loss, waited = train_step(model, cfg, train_windows, step, device, autocast)
+            grad_norm = whole(nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf)).item()
+            if not math.isfinite(loss + grad_norm):
+                fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}; nothing was updated; resume "
+                     f"from step {saved:,} with a lower learning_rate or grad_clip", code=1)
+            optimizer.step()
         except torch.OutOfMemoryError:
-            fail(f"out of memory with {cfg.batch_size} sequences of {cfg.block_size} tokens, peak "
-                 f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB; halve batch_size, accumulation keeps the step the "
-                 "same", code=1)
-        grad_norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf).item()
-        if not math.isfinite(loss + grad_norm):
-            fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}; nothing was updated; resume "
-                 f"from step {saved:,} with a lower learning_rate or grad_clip", code=1)
-        optimizer.step()
+            fail(f"out of memory with {cfg.batch_size} sequences of {cfg.block_size} tokens, peak {peak_gb(device):.1f} "
+                 "GB; halve batch_size, accumulation keeps the step the same", code=1)
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, raw_model, cfg.ema_decay, step)
-
-        done, leaving = step + 1, stopped[:]        # a signal from here on waits for the next step
+        spikes = watch_spikes(spikes, loss)
+        leaving, waited = reduce((max(stopped, default=0), waited), device, dist.ReduceOp.MAX)    # all leave, or none
+        meter.stop(waited)
+        done = step + 1
         last = leaving or done == cfg.max_steps
         if done % cfg.log_interval == 0 or last or done == start + 1:
-            now = time.perf_counter()
-            rate = (done - clock_step) * cfg.batch_tokens / (now - clock)
-            left = (cfg.max_steps - done) * cfg.batch_tokens / rate
-            mfu = f" mfu {rate * flops / peak:.1%}" if peak else ""
-            print(f"step {done}/{cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
-                  f"{rate:,.0f} tokens/s{mfu} left {format_time(left)}", flush=True)
-            log.write(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
-                      tokens=done * cfg.batch_tokens, schedule=raw_model.schedule.tolist())
-            clock, clock_step = now, done
+            row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * cfg.batch_tokens,
+                       **meter.read(cfg.batch_tokens), peak_gb=peak_gb(device), spikes=spikes[-1],
+                       schedule=whole(raw_model.schedule).tolist())
+            print_row(cfg, row, flops / peak / world_size() if peak else None)
+            if log:
+                log.write(**row)
         if done % cfg.save_interval == 0 or last:
-            path = save_checkpoint(cfg, done, data, raw_model, ema, optimizer, log.wandb_id)
-            saved, clock, clock_step = done, time.perf_counter(), done
+            state = gather_state(raw_model, ema, optimizer)
+            if log:
+                save_checkpoint(cfg, step=done, data=data, wandb_id=log.wandb_id, spikes=spikes, **state)
+            saved = done
         if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
-            log.write(step=done, **evaluate(ema, cfg, val_windows, encoding, device))
-            clock, clock_step = time.perf_counter(), done
+            network = whole_network(ema, cfg, vocab_size, device)
+            if log:
+                log.write(step=done, **evaluate(network, cfg, val_windows, encoding))
         if leaving:
-            print(f"saved {path}; the same command with --resume=True goes on")
-            raise SystemExit(128 + leaving[0])
+            break
+    if dist.is_initialized():
+        dist.barrier()                              # torchrun ends all when the first one leaves
+        dist.destroy_process_group()
+    if saved < cfg.max_steps:
+        print(f"saved step {saved:,} in {cfg.out_dir}; the same command with --resume=True goes on")
+        raise SystemExit(128 + int(leaving))
     print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={cfg.out_dir}")
 
 
@@ -591,28 +875,6 @@ def format_time(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-def open_out_dir(cfg):
-    """The checkpoint to resume, or None; a folder that holds a run is never overwritten without being asked."""
-    folder = Path(cfg.out_dir)
-    if any(folder.glob("ckpt_*.pt")) and not cfg.resume:
-        fail(f"{folder} already holds a run; continue it with --resume=True, or choose another --out_dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stump in folder.glob("ckpt_*.tmp"):
-            stump.unlink()
-        (folder / "log.jsonl").touch()
-    except OSError as error:
-        fail(f"cannot write to out_dir={folder} ({error.strerror}); choose another --out_dir")
-    if not any(folder.glob("ckpt_*.pt")):
-        if cfg.resume:
-            print(f"nothing to resume in {folder}: starting at step 0")
-        return None
-    try:
-        return find_checkpoint(folder)[1]
-    except ValueError as error:
-        fail(f"{error}; start again in another --out_dir", code=1)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_accumulated_gradients_are_those_of_one_batch(windows):
         cfg = config(f"--batch_size={size}")
         torch.manual_seed(0)
         model = SunFish(cfg, 300)
-        loss = train.train_step(train.DenoisingLoss(model, cfg), cfg, windows, 0, "cpu", contextlib.nullcontext)
+        loss, _ = train.train_step(train.DenoisingLoss(model, cfg), cfg, windows, 0, "cpu", contextlib.nullcontext)
         grads.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
     for a, b in zip(grads[0][1], grads[1][1], strict=True):
