@@ -293,11 +293,14 @@ def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
 
 
 def estimate_bound(predict, table, idx, alpha_bar, batch_size):
-    """The bound on idx (N, T) from fixed noise, each sequence at one index: parts, their sum and its standard error."""
-    rng = generator(idx.device, "bound")
+    """The bound on idx (N, T) from fixed noise, each sequence at one index: parts, their sum and its standard error.
+    The size of a batch changes nothing."""
     t = stratified(len(idx), len(alpha_bar) - 1, generator("cpu", "bound"))
-    draws = [likelihood_bound(predict, table, i, alpha_bar, t_i, rng)
-             for i, t_i in zip(idx.split(batch_size), t.split(batch_size), strict=True)]
+    draws = []
+    for first in range(0, len(idx), batch_size):
+        part = idx[first:first + batch_size]
+        rng = [generator(idx.device, "bound", first + i) for i in range(len(part))]
+        draws.append(likelihood_bound(predict, table, part, alpha_bar, t[first:first + batch_size], rng))
     bound = Bound(*(torch.cat(part) for part in zip(*draws, strict=True)))
     total = bound.total()
     return {**{name: part.mean().item() for name, part in bound._asdict().items()}, "bound": total.mean().item(),
@@ -312,8 +315,10 @@ def ce_by_noise(predict, free, table, idx, alpha_bar, batch_size, bands=8):
     """
     rows = []
     for k in range(bands):
-        index, rng, losses = round((k + 0.5) / bands * (len(alpha_bar) - 1)), generator(idx.device, "band", k), []
-        for part in idx.split(batch_size):
+        index, losses = round((k + 0.5) / bands * (len(alpha_bar) - 1)), []
+        for first in range(0, len(idx), batch_size):
+            part = idx[first:first + batch_size]
+            rng = [generator(idx.device, "band", k, first + i) for i in range(len(part))]
             t, x_0 = torch.full_like(part, index), table[part]
             x_t, level = add_noise(x_0, t, alpha_bar, randn(x_0, rng)), log_snr(t, alpha_bar)
             losses.append([ce_loss(logits, part).sum().item() for logits in (predict(x_t, level)[1], free(x_t, level))])

@@ -131,9 +131,10 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import SCORES, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory, peak_flops, peak_gb
+from model import HUGE_PAGE, SCORES, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory, peak_flops, peak_gb
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
 
+LIBRARIES = 70e6            # bytes that torch's CPU kernels and optimizer add to a process in its first step
 DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
 
@@ -182,7 +183,8 @@ class Windows:
 
     def unigram(self, tokens=20_000_000):
         """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
-        some = (shard[:tokens // len(self.shards)] for shard in self.shards)
+        each = tokens // len(self.shards)
+        some = (shard[i:min(i + 2 ** 20, each)] for shard in self.shards for i in range(0, min(each, len(shard)), 2 ** 20))
         count = 0.5 + sum(np.bincount(ids, minlength=self.vocab_size)[:self.vocab_size] for ids in some)
         return torch.from_numpy(np.log(count / count.sum())).float()
 
@@ -485,32 +487,35 @@ def choose_machine(cfg):
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, and the most that stood at once."""
+    """Counts the bytes of all tensors that are made while it is on, the most that stood at once, and the largest one."""
 
-    def __init__(self):
+    def __init__(self, page):
         super().__init__()
-        self.now, self.most, self.alive = 0, 0, weakref.WeakKeyDictionary()
+        self.page, self.now, self.most, self.largest, self.alive = page, 0, 0, 0, weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         made = f(*args, **(kwargs or {}))
         for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
             if storage not in self.alive:
+                size = storage.nbytes()
+                size = size if size < self.page else -(-(size + 16) // self.page) * self.page     # whole pages, and a header
                 self.alive[storage] = True
-                self.count(storage.nbytes())
-                weakref.finalize(storage, self.count, -storage.nbytes())
+                self.count(size)
+                weakref.finalize(storage, self.count, -size)
         return made
 
     def count(self, size):
         self.now += size
-        self.most = max(self.most, self.now)
+        self.most, self.largest = max(self.most, self.now), max(self.largest, size)
 
 
 def estimate_memory(cfg, vocab_size, device, dtype):
     """Bytes of weights, averages and optimizer between steps, and the peak within one: two steps on tensors without
-    memory (FakeTensorMode), so every setting counts as it does in training."""
+    memory (FakeTensorMode), so every setting counts as it does in training. On a CPU, add torch's libraries and once more
+    the largest tensor, for the holes that the allocator leaves (bench/LOG.md)."""
     B, T, P = cfg.batch_size, cfg.block_size, cfg.prompt_size
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(), torch.device(device), Peak() as peak:
+    with FakeTensorMode(), torch.device(device), Peak(HUGE_PAGE if device.type == "cpu" else 512) as peak:
         net, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size)
         model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
         shapes = ((B, T), torch.int64), ((B, T), torch.int64), ((B, T, cfg.token_dim), None), ((B, P), torch.int64), \
@@ -526,30 +531,33 @@ def estimate_memory(cfg, vocab_size, device, dtype):
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 update_ema(ema, net, cfg.ema_decay, 0)
-        return peak.now, peak.most
+        return peak.now, peak.most + (LIBRARIES + peak.largest if device.type == "cpu" else 0)
 
 
 def dry_run(cfg):
     """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
-    process = peak_gb(torch.device("cpu")) * 1e9
+    keep_memory()
     device, dtype, _ = choose_machine(cfg)
     folders = (Path(root, name) for name in cfg.dataset.split(",") for root in ("data", ""))
-    folder = next((folder for folder in folders if any(folder.glob("meta*.json"))), None)
-    vocab_size = read_meta(folder)["vocab_size"] if folder else 50_257
+    vocab_size, label = 50_257, "GPT-2's"
+    if any(any(folder.glob("*train*.bin")) for folder in folders):
+        data, windows, _ = open_data(cfg)
+        vocab_size, label = data["vocab_size"], f"of {data['label']}"
+        get_tokenizer(data["tokenizer"])
+        windows.unigram()                                       # as main does, so that the process counts with what it holds
+    process = peak_gb(device) * 1e9 if device.type == "cpu" else 0
     with torch.device("meta"):
         net = SunFish(cfg, vocab_size)
     n, table = sum(p.numel() for p in net.parameters()), net.table.numel() + net.bias.numel()
     state, most = estimate_memory(cfg, vocab_size, device, dtype)
-    process = process if device.type == "cpu" else 0
-    print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, "
-          f"vocabulary {vocab_size:,} ({folder or 'GPT-2'}), table {net.table.size(0):,} rows")
+    sharded = (state + 4 * n) / 8 + most - state - 4 * n
+    print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
+          f"{vocab_size:,} ({label}), table {net.table.size(0):,} rows")
     print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table:,} without the table")
     print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e9:.2f}B tokens")
-    print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak of a step "
-          f"{(most + process) / 1e9:.2f} GB")
-    sharded = (state + 4 * n) / 8 + most - state - 4 * n
-    print(f"  the same with parallel=fsdp on 8 devices: {sharded / 1e9:.2f} GB on each, with the same batch_size")
-    print(f"checkpoint: {n * 16 / 1e9:.2f} GB, {n * 16 / DISK:.0f} s to write at {DISK / 1e9:.0f} GB/s")
+    print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak {(most + process) / 1e9:.2f} "
+          f"GB; with parallel=fsdp about {(sharded + process) / 1e9:.2f} GB on each of 8")
+    print(f"checkpoint: {n * 16 / 1e9:.2f} GB, about {n * 16 / DISK:.0f} s on a disk that writes {DISK / 1e9:.0f} GB a second")
 
 
 def describe_batch(cfg):

@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"         # the subprocesses too
 import contextlib   # noqa: E402
 import importlib    # noqa: E402
 import io           # noqa: E402
+import json         # noqa: E402
 import signal       # noqa: E402
 from types import SimpleNamespace       # noqa: E402
 
@@ -21,6 +22,10 @@ import configurator     # noqa: E402
 from model import SunFish       # noqa: E402
 
 torch.set_num_threads(1)
+
+SIZE = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=16", "--prompt_size=8",
+        "--batch_size=4", "--batch_tokens=128", "--eval_sequences=8", "--eval_interval=0", "--device=cpu",
+        "--dtype=float32", "--log_interval=1", "--warmup_steps=2"]
 
 
 @pytest.fixture
@@ -72,3 +77,10 @@ def call(args, code=0, stdin=""):
             signal.signal(number, handler)
     assert returned == code, (returned, out.getvalue(), err.getvalue())
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in open(folder / "log.jsonl")]
+    found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)), "each step is logged once"
+    return dict(found)
