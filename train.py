@@ -126,7 +126,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import diffusion
@@ -420,7 +420,8 @@ def restore_state(checkpoint, model, ema, optimizer):
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     dcp.set_model_state_dict(model, state["model"], options=options)
     dcp.set_model_state_dict(ema, state["ema"], options=options)
-    dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    moments = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state["optimizer"])   # not mapped any more
+    dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
 
 
 def save_checkpoint(cfg, **content):
@@ -677,9 +678,12 @@ class Log:
 
     def __init__(self, cfg, file, start, wandb_id):
         file.seek(0)
-        rows = [row for row in file if row.endswith("\n") and json.loads(row)["step"] <= start]
-        file.truncate(0)
-        file.writelines(rows)
+        end = 0
+        for row in iter(file.readline, ""):
+            if not row.endswith("\n") or json.loads(row)["step"] > start:
+                break
+            end = file.tell()
+        file.truncate(end)                              # at once: rows before it cannot be lost
         self.file, self.run, self.wandb_id = file, None, wandb_id
         if cfg.wandb_log:
             import wandb
@@ -821,6 +825,7 @@ def main(cfg):
     optimizer = make_optimizer(raw_model, cfg)
     if start:
         restore_state(checkpoint, raw_model, ema, optimizer)
+    del checkpoint
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")

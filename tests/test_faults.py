@@ -1,0 +1,269 @@
+"""Faults of training, provoked for real: kills, full disks, damaged files, signals, bad shards, NaN. Faults of the other
+scripts stand beside their subjects; the README's table names the test for each row.
+
+Not provoked here: CUDA running out of memory and a GPU without bfloat16 (no GPU: the handler is tested, not the fault), a
+read-only file system (tests may run as root, whom no mode bits stop: a folder that cannot be made stands for it), and the
+death of a machine among several.
+"""
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SIZE, call, losses, run
+
+import configurator
+import train
+from model import read_checkpoint
+
+
+@pytest.fixture
+def command(shards, tmp_path):
+    return ["train.py", *SIZE, f"--dataset={shards}", f"--out_dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def trained(command, tmp_path):
+    """The folder of a run of four steps with checkpoints after each of the last two."""
+    call([*command, "--max_steps=4", "--save_interval=1"])
+    return tmp_path / "run"
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("ckpt*"))
+
+
+def child(args):
+    """train.py in a fork of this process, which saves the seconds of importing torch; its output is dropped."""
+    def main():
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            train.main(configurator.load(train.Config, args))
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+def test_twenty_kills_at_random_moments_change_nothing(command, tmp_path):
+    """Saving after every step, so that many of the kills meet a save; in a folder with a space and an umlaut."""
+    args = [*command[1:], "--max_steps=150", "--save_interval=1", "--log_interval=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "nach und nach zurück"
+    child([*args, f"--out_dir={whole}"]).join()
+    choose, kills, stumps = random.Random(0), 0, 0
+    while kills < 20:
+        process = child([*args, f"--out_dir={killed}", "--resume=True"])
+        process.join(choose.uniform(0.1, 0.7))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+            stumps += len(list(killed.glob("*.tmp")))
+        else:                                           # finished too soon: go back to an older checkpoint and on
+            assert process.exitcode == 0
+            (killed / "ckpt_00000150.pt").unlink()
+    child([*args, f"--out_dir={killed}", "--resume=True"]).join()
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 150
+    a, b = (read_checkpoint(folder / "ckpt_00000150.pt") for folder in (whole, killed))
+    for part in ("model", "ema"):
+        assert all(torch.equal(x, b[part][name]) for name, x in a[part].items())
+    assert all(torch.equal(x[key], b["optimizer"]["state"][name][key])
+               for name, x in a["optimizer"]["state"].items() for key in x)
+    assert a["spikes"] == b["spikes"] and checkpoints(killed) == ["ckpt_00000149.pt", "ckpt_00000150.pt"]
+    print(f"{stumps} of {kills} kills met a save")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_a_second_one_leaves_at_once(command, tmp_path, number, code):
+    process = subprocess.Popen([sys.executable, *command, "--max_steps=1000000"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith("step 3/"):
+        assert process.poll() is None
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    step = len(losses(tmp_path / "run"))
+    assert process.returncode == code and f"saved step {step}" in out and "Traceback" not in err
+    assert checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt"]
+
+    slow = [*command, "--resume=True", "--max_steps=1000000", "--batch_tokens=1280000"]      # seconds a step
+    slow[slow.index("--batch_tokens=128")] = "--batch_tokens=128"
+    process = subprocess.Popen([sys.executable, *slow, f"--out_dir={tmp_path / 'slow'}"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith("model:"):
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(number)
+    while "again to leave at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    process.communicate(timeout=5)
+    assert process.returncode == -number and checkpoints(tmp_path / "slow") == []
+
+
+def test_a_disk_that_fills_up_while_saving(command, trained):
+    """With a limit on the size of files, which fails as a full disk does: torch.save raises RuntimeError."""
+    size = (trained / "ckpt_00000004.pt").stat().st_size
+    limit = size // 2
+    again = [*command, "--resume=True", "--max_steps=8", "--save_interval=2"]
+    err = run(again, code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))).stderr
+    assert "could not write" in err and "ckpt_00000006.pt" in err and "free some space" in err
+    needed = int(err.split("it needs ")[1].split(" bytes")[0].replace(",", ""))
+    assert 0.5 < needed / size <= 1
+    assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"]
+    assert "resuming at step 4" in call(again).stdout and len(losses(trained)) == 8
+
+
+def replace(path, **content):
+    """Another file in the place of a checkpoint; not written over it, as its tensors are mapped from there."""
+    torch.save({**read_checkpoint(path), **content}, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "one bit":
+        at = data.index(read_checkpoint(path)["model"]["table"].numpy().tobytes()[:64])
+        data[at + 5] ^= 1
+    path.write_bytes(data[:len(data) // 2] if how == "half" else b"" if how == "nothing" else data)
+
+
+@pytest.mark.parametrize("how", ["one bit", "half", "nothing"])
+def test_a_damaged_checkpoint_is_passed_over_and_never_counts_again(command, trained, how):
+    damage(trained / "ckpt_00000004.pt", how)
+    again = [*command, "--resume=True", "--max_steps=6", "--save_interval=2"]
+    out = call(again)
+    assert "ckpt_00000004.pt" in out.stderr and "warning" in out.stderr and "resuming at step 3" in out.stdout
+    assert len(losses(trained)) == 6
+    assert checkpoints(trained) == ["ckpt_00000004.damaged", "ckpt_00000004.pt", "ckpt_00000006.pt"]
+    for name in ("ckpt_00000004.pt", "ckpt_00000006.pt"):
+        damage(trained / name, how)
+    assert "no sound checkpoint" in call(again, code=1).stderr
+    assert len(losses(trained)) == 6, "nothing was started from scratch"
+
+
+def test_a_checkpoint_that_runs_code_is_refused_by_resume(command, trained):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {trained / 'sentinel'}",)
+    for path in trained.glob("ckpt*"):
+        replace(path, spikes=Bomb())
+    assert "no sound checkpoint" in call([*command, "--resume=True", "--max_steps=5"], code=1).stderr
+    assert not (trained / "sentinel").exists()
+
+
+def test_other_data_is_refused_naming_both(command, trained, shards, tmp_path):
+    other = shutil.copytree(shards, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    meta["label"] += " changed"
+    meta["shards"][0]["blake2b"] = "0" * 32
+    (other / "meta.json").write_text(json.dumps(meta))
+    err = call([*command, "--resume=True", "--max_steps=5", f"--dataset={other}"], code=2).stderr
+    assert "changed" in err and err.count("text.jsonl") == 2 and "resume with that --dataset" in err
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_an_id_out_of_range_never_reaches_the_device(command, shards, tmp_path, compiled):
+    """Compiled CPU code would abort the process, and CUDA lose its context."""
+    bad = shutil.copytree(shards, tmp_path / "bad")
+    [path] = bad.glob("train*.bin")
+    cfg = configurator.load(train.Config, command[1:])
+    windows = train.Windows(bad, "train", cfg, 300)
+    drawn = train.permute(2 * cfg.samples + 3, len(windows), train.mix(cfg.seed, 0))        # in the third step
+    data = np.fromfile(path, "<u2")
+    data[512 + 16 * drawn + 5] = 300
+    data.tofile(path)
+    err = call([*command, f"--dataset={bad}", "--max_steps=9", f"--compile={compiled}"], code=2).stderr
+    assert f"{path}: id 300 at token {16 * drawn + 5} is not below the vocabulary of 300" in err
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_network_of_nan_stops_before_the_update(command, trained):
+    model = read_checkpoint(trained / "ckpt_00000004.pt")["model"]
+    replace(trained / "ckpt_00000004.pt", model={**model, "write.weight": model["write.weight"] * float("nan")})
+    err = call([*command, "--resume=True", "--max_steps=8"], code=1).stderr
+    assert "step 5: loss nan, gradient norm nan at lr" in err and "resume from step 4" in err
+    assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"] and len(losses(trained)) == 4
+
+
+def test_an_infinite_gradient_stops_before_the_update(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    assert "gradient norm inf" in call([*command, "--max_steps=2"], code=1).stderr and not checkpoints(tmp_path / "run")
+
+
+def test_out_of_memory_says_what_to_change(command, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train, "train_step", full)
+    err = call([*command, "--max_steps=2"], code=1).stderr
+    assert "out of memory with 4 sequences of 16 tokens, peak" in err and "halve batch_size" in err
+
+
+def test_no_compiler_is_a_mistake_if_asked_for_and_a_remark_if_not(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in call([*command, "--compile=true"], code=2).stderr and not (tmp_path / "run").exists()
+    assert "compile False" in call([*command, "--max_steps=1"]).stdout
+
+
+def test_wandb_without_an_account_leaves_nothing_and_never_stops_a_run(command, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    err = run([*command, "--wandb_log=True"], code=2, env={**os.environ, "HOME": str(tmp_path)}).stderr
+    assert "run `wandb login` or set WANDB_MODE=offline" in err and not (tmp_path / "run").exists()
+
+    class Broken:
+        id = "broken"
+
+        def log(self, *args, **kwargs):
+            raise BrokenPipeError("the service died")
+    monkeypatch.setattr(wandb, "login", lambda: True)
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    out = call([*command, "--wandb_log=True", "--max_steps=3"])
+    assert out.stderr.count("Weights & Biases is given up (BrokenPipeError") == 1 and len(losses(tmp_path / "run")) == 3
+
+
+def test_two_trainers_in_one_folder(command, trained):
+    with train.lock(trained / "log.jsonl"):
+        assert "another train.py is at work" in run([*command, "--resume=True", "--max_steps=9"], code=2).stderr
+    assert len(losses(trained)) == 4
+
+
+def test_an_out_dir_that_cannot_be_written(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to out_dir" in call([*command, f"--out_dir={tmp_path / 'file' / 'run'}"], code=2).stderr
+
+
+def test_a_row_that_was_cut_short_is_dropped_and_the_others_stay(command, trained):
+    with open(trained / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    call([*command, "--resume=True", "--max_steps=6"])
+    assert len(losses(trained)) == 6
+
+
+def test_only_so_many_checkpoints_are_kept(command, tmp_path):
+    call([*command, "--max_steps=9", "--save_interval=1", "--keep_last=3", "--keep_interval=4"])
+    assert checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt" for step in (4, 7, 8, 9)]
+
+
+def test_spikes_of_the_loss_are_counted():
+    seen, noise = (0, 0.0, 0.0, 0), torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    for i, x in enumerate(noise):
+        seen = train.watch_spikes(seen, 3 + 0.1 * x + (2 if i in (200, 300) else 0))
+    assert seen[0] == 400 and seen[3] == 2 and abs(seen[1] - 3) < 0.1
+
+
+def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypatch):
+    make_batch = train.make_batch
+    monkeypatch.setattr(train, "make_batch", lambda *args: (time.sleep(0.1), make_batch(*args))[1])
+    out = call([*command, "--max_steps=2"]).stdout
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert row["step_ms"] > row["data_ms"] > 200 and f"data {row['data_ms']:.0f} ms" in out      # two batches a step
