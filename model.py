@@ -14,12 +14,15 @@ import math
 import os
 import re
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from configurator import ModelConfig
@@ -28,6 +31,7 @@ CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
 HUGE_PAGE = 2 ** 21           # bytes
+FORMAT = 2                    # of a checkpoint file
 SCORES = 2 ** 25              # most scores over the vocabulary that stand in memory at once: 134 MB in float32
 
 
@@ -242,6 +246,30 @@ def peak_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 976562.5)
 
 
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, the most that stood at once, and the largest one."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.page = HUGE_PAGE if device.type == "cpu" else 512          # large tensors take whole pages, and a header
+        self.now, self.most, self.largest, self.alive = 0, 0, 0, weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        made = f(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
+            if storage not in self.alive:
+                size = storage.nbytes()
+                size = size if size < self.page else -(-(size + 16) // self.page) * self.page
+                self.alive[storage] = True
+                self.count(size)
+                weakref.finalize(storage, self.count, -size)
+        return made
+
+    def count(self, size):
+        self.now += size
+        self.most, self.largest = max(self.most, self.now), max(self.largest, size)
+
+
 def flops_per_token(model, self_conditioning):
     """FLOPs of training on one token: 6 for each weight of trunk and head, 2 more in the share with a first guess,
     attention as 2 T n_embd more weights a layer, and the posterior mean as 4 for each weight of the table and pass."""
@@ -261,6 +289,21 @@ def keep_memory():
         libc.mallopt(-1, 2 ** 31 - 1)        # M_TRIM_THRESHOLD: do not shrink the heap
 
 
+def write_checkpoint(path, content):
+    """Write a dict of plain types and tensors, complete or not at all; OSError names the file and the bytes needed."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(format=FORMAT, **content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # a full disk is a RuntimeError of torch.save
+        temporary.unlink(missing_ok=True)
+        needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
+        raise OSError(f"could not write {path} ({error}); it needs {needed:,} bytes") from None
+
+
 def read_checkpoint(path):
     """The content of a checkpoint file, its tensors mapped from the disk. Only plain types are unpickled, and every byte
     is checked first.
@@ -276,8 +319,8 @@ def read_checkpoint(path):
     except Exception as error:              # zipfile, zlib and the unpickler raise a dozen kinds
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a sound checkpoint ({why})") from None
-    if not isinstance(content, dict) or content.get("format") != 2:
-        raise ValueError(f"{path} is not a SunFish checkpoint of format 2")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a SunFish checkpoint of format {FORMAT}")
     return content
 
 

@@ -109,7 +109,6 @@ import math
 import shutil
 import sys
 import time
-import weakref
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -125,13 +124,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import HUGE_PAGE, SCORES, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory, peak_flops, peak_gb
+from model import (SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory,
+                   peak_flops, peak_gb, write_checkpoint)
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
 
 LIBRARIES = 70e6            # bytes that torch's CPU kernels and optimizer add to a process in its first step
@@ -425,23 +424,15 @@ def restore_state(checkpoint, model, ema, optimizer):
 
 
 def save_checkpoint(cfg, **content):
-    """Write out_dir/ckpt_STEP.pt: plain types and tensors, complete or not at all; drop all but the newest."""
+    """Write out_dir/ckpt_STEP.pt and drop all but the newest."""
     path = Path(cfg.out_dir) / f"ckpt_{content['step']:08d}.pt"
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(format=2, config=dataclasses.asdict(cfg), world_size=world_size(), **content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:        # a full disk is a RuntimeError of torch.save
-        temporary.unlink(missing_ok=True)
-        needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
-        fail(f"could not write {path} ({error}); it needs {needed:,} bytes, free some space and resume", code=1)
+        write_checkpoint(path, dict(config=dataclasses.asdict(cfg), world_size=world_size(), **content))
+    except OSError as error:
+        fail(f"{error}; free some space and resume", code=1)
     for old in sorted(path.parent.glob("ckpt_*.pt"))[:-cfg.keep_last]:
         if not cfg.keep_interval or int(old.stem[5:]) % cfg.keep_interval:
             old.unlink()
-    return path
 
 
 def check_resumable(cfg, data, checkpoint):
@@ -487,36 +478,13 @@ def choose_machine(cfg):
     return device, dtype, compiled
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, the most that stood at once, and the largest one."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.page, self.now, self.most, self.largest, self.alive = page, 0, 0, 0, weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        made = f(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
-            if storage not in self.alive:
-                size = storage.nbytes()
-                size = size if size < self.page else -(-(size + 16) // self.page) * self.page     # whole pages, and a header
-                self.alive[storage] = True
-                self.count(size)
-                weakref.finalize(storage, self.count, -size)
-        return made
-
-    def count(self, size):
-        self.now += size
-        self.most, self.largest = max(self.most, self.now), max(self.largest, size)
-
-
 def estimate_memory(cfg, vocab_size, device, dtype):
     """Bytes of weights, averages and optimizer between steps, and the peak within one: two steps on tensors without
     memory (FakeTensorMode), so every setting counts as it does in training. On a CPU, add torch's libraries and once more
     the largest tensor, for the holes that the allocator leaves (bench/LOG.md)."""
     B, T, P = cfg.batch_size, cfg.block_size, cfg.prompt_size
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(), torch.device(device), Peak(HUGE_PAGE if device.type == "cpu" else 512) as peak:
+    with FakeTensorMode(), torch.device(device), Peak(device) as peak:
         net, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size)
         model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
         shapes = ((B, T), torch.int64), ((B, T), torch.int64), ((B, T, cfg.token_dim), None), ((B, P), torch.int64), \
@@ -578,14 +546,9 @@ def join_processes(device):
         dist.init_process_group(backend, timeout=timedelta(hours=1))        # the first one evaluates and saves alone
 
 
-@contextlib.contextmanager
-def first_on_machine():
-    """The first process of each machine goes ahead, to prepare data if there is none; then the others follow."""
-    waits = os.environ.get("LOCAL_RANK", "0") != "0"
-    if dist.is_initialized() and waits:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and not waits:
+def wait():
+    """Until all processes are here."""
+    if dist.is_initialized():
         dist.barrier()
 
 
@@ -703,7 +666,7 @@ class Log:
                 numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
                 text = {"text": wandb.Table(["kind", "text"], row["text"])} if "text" in row else {}
                 self.run.log({**numbers, **text}, step=row["step"])
-        except Exception as error:                      # whatever it raises, the run is worth more than its picture
+        except Exception as error:                      # whatever it raises, the training is worth more than its picture
             print(f"warning: Weights & Biases is given up ({type(error).__name__}: {error})", file=sys.stderr)
             self.run = None
 
@@ -753,35 +716,14 @@ def watch_spikes(seen, loss):
     return steps + 1, mean + share * (loss - mean), (1 - share) * (variance + share * (loss - mean) ** 2), spikes + spike
 
 
-class Meter:
-    """Times the steps since it was last read, and the part of them spent waiting for data; not evaluations and saves."""
-
-    def __init__(self):
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
-
-    def start(self):
-        self.clock = time.perf_counter()
-
-    def stop(self, waited):
-        self.steps, self.waited = self.steps + 1, self.waited + waited
-        self.seconds += time.perf_counter() - self.clock
-
-    def read(self, batch_tokens):
-        row = dict(tokens_per_second=self.steps * batch_tokens / self.seconds, step_ms=1000 * self.seconds / self.steps,
-                   data_ms=1000 * self.waited / self.steps)
-        self.__init__()
-        return row
-
-
-def print_row(cfg, row, flops_share):
-    """The line of the log; flops_share is the part of the hardware's FLOP/s that one token a second takes, or None."""
-    rate = row["tokens_per_second"]
-    left = (cfg.max_steps - row["step"]) * cfg.batch_tokens / rate
-    mfu = f" mfu {rate * flops_share:.1%}" if flops_share else ""
+def print_row(cfg, row, mfu):
+    """The line of the log; a step much longer than its part that waits for data is the machine's, else the loader's."""
+    mfu = f" mfu {mfu:.1%}" if mfu else ""
     spikes = f" spikes {row['spikes']}" if row["spikes"] else ""
-    print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f}{spikes_} {tokens_per_second:,.0f} "
-          "tokens/s{mfu} step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(
-              max_steps=cfg.max_steps, spikes_=spikes, mfu=mfu, left=format_time(left), **row), flush=True)
+    left = format_time((cfg.max_steps - row["step"]) * row["step_ms"] / 1000)
+    print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f}{more} {tokens_per_second:,.0f} tokens/s{mfu} "
+          "step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(
+              max_steps=cfg.max_steps, more=spikes, mfu=mfu, left=left, **row), flush=True)
 
 
 def catch_signals():
@@ -805,8 +747,12 @@ def main(cfg):
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
     join_processes(device)
-    with first_on_machine():
-        data, train_windows, val_windows = open_data(cfg)
+    follows = os.environ.get("LOCAL_RANK", "0") != "0"
+    if follows:
+        wait()                                      # for the first process of the machine, which may have data to prepare
+    data, train_windows, val_windows = open_data(cfg)
+    if not follows:
+        wait()
     if share(data["fingerprint"]) != data["fingerprint"]:
         fail(f"the data of process {rank()}, {data['label']}, is not that of process 0; prepare the same on every machine")
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
@@ -835,10 +781,9 @@ def main(cfg):
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
     peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning)
-    stopped, saved, meter = catch_signals(), start, Meter()
-    leaving = 0
+    stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
     for step in range(start, cfg.max_steps):
-        meter.start()
+        clock = time.perf_counter()
         lr = set_learning_rate(optimizer, cfg, step)
         try:
             loss, waited = train_step(model, cfg, train_windows, step, device, autocast)
@@ -854,14 +799,17 @@ def main(cfg):
         update_ema(ema, raw_model, cfg.ema_decay, step)
         spikes = watch_spikes(spikes, loss)
         leaving, waited = reduce((max(stopped, default=0), waited), device, dist.ReduceOp.MAX)    # all leave, or none
-        meter.stop(waited)
+        span += 1, time.perf_counter() - clock, waited
         done = step + 1
         last = leaving or done == cfg.max_steps
         if done % cfg.log_interval == 0 or last or done == start + 1:
-            row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * cfg.batch_tokens,
-                       **meter.read(cfg.batch_tokens), peak_gb=peak_gb(device), spikes=spikes[-1],
-                       schedule=whole(raw_model.schedule).tolist())
-            print_row(cfg, row, flops / peak / world_size() if peak else None)
+            steps, seconds, waited = span
+            span[:] = 0
+            rate = steps * cfg.batch_tokens / seconds
+            row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * cfg.batch_tokens, tokens_per_second=rate,
+                       step_ms=1000 * seconds / steps, data_ms=1000 * waited / steps, peak_gb=peak_gb(device),
+                       spikes=spikes[-1], schedule=whole(raw_model.schedule).tolist())
+            print_row(cfg, row, peak and rate * flops / peak / world_size())
             if log:
                 log.write(**row)
         if done % cfg.save_interval == 0 or last:
@@ -875,8 +823,8 @@ def main(cfg):
                 log.write(step=done, **evaluate(network, cfg, val_windows, encoding))
         if leaving:
             break
+    wait()                                          # torchrun ends all as soon as one leaves
     if dist.is_initialized():
-        dist.barrier()                              # torchrun ends all when the first one leaves
         dist.destroy_process_group()
     if saved < cfg.max_steps:
         print(f"saved step {saved:,} in {cfg.out_dir}; the same command with --resume=True goes on")
