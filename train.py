@@ -265,7 +265,7 @@ def make_batch(cfg, windows, step, samples, device):
 # ---- the loss ----
 
 class DenoisingLoss(nn.Module):
-    """Batch -> loss of every token (B, T) and distance of every sequence from the fitted schedule (B,).
+    """Batch -> loss of every noised token (B, T), 0 for a given one, and distance of every sequence from the schedule (B,).
 
     One module around all that touches the weights, so that compilation and distribution wrap a single call.
     """
@@ -284,15 +284,17 @@ class DenoisingLoss(nn.Module):
         x_prev = self.first_guess(x_t, log_snr, batch, table)
         hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, table)
         if cfg.objective == "eps":
-            return diffusion.eps_loss(hidden, batch.eps), torch.zeros_like(hidden[:, 0, 0])
-        loss = in_chunks(lambda h, idx: diffusion.ce_loss(net.scores(h, table), idx), len(table), hidden, batch.idx)
-        if cfg.schedule != "gumbel":
-            return loss, torch.zeros_like(loss[:, 0])
+            loss = diffusion.eps_loss(hidden, batch.eps)
+        else:
+            loss = in_chunks(lambda h, idx: diffusion.ce_loss(net.scores(h, table), idx), len(table), hidden, batch.idx)
+        noised = torch.where(batch.t > 0, loss, 0)
+        if cfg.objective == "eps" or cfg.schedule != "gumbel":
+            return noised, torch.zeros_like(loss[:, 0])
         mu, log_beta, log_height = net.schedule
         level = torch.where(batch.common, log_snr[:, 0], 0)        # a given token's is infinite
         fit = diffusion.schedule_loss(loss.detach().mean(1), level, mu, log_beta.exp(), log_height.exp(),
                                       math.sqrt(cfg.token_dim))
-        return loss, torch.where(batch.common, fit, 0)
+        return noised, torch.where(batch.common, fit, 0)
 
     @torch.no_grad()
     def first_guess(self, x_t, log_snr, batch, table):
@@ -699,11 +701,9 @@ def train_step(model, cfg, windows, step, device, autocast):
         with unsynced():
             with autocast():
                 loss, fit = model(batch)
-            noised = batch.t > 0
-            loss = torch.where(noised, loss, 0).sum()
-            mean = loss / cfg.batch_tokens + fit.sum() / cfg.samples
+            mean = loss.sum() / cfg.batch_tokens + fit.sum() / cfg.samples
             (mean * world_size()).backward()                        # gradients are averaged over the processes
-        total += torch.stack((loss.detach(), noised.sum()))
+        total += torch.stack((loss.detach().sum(), (batch.t > 0).sum()))
     loss, noised = reduce(total, device, dist.ReduceOp.SUM)
     return loss / noised, waited
 
@@ -747,11 +747,10 @@ def main(cfg):
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
     join_processes(device)
-    follows = os.environ.get("LOCAL_RANK", "0") != "0"
-    if follows:
-        wait()                                      # for the first process of the machine, which may have data to prepare
-    data, train_windows, val_windows = open_data(cfg)
-    if not follows:
+    turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for now in range(3):            # the first process, the first of each machine, the rest: there may be data to prepare
+        if now == turn:
+            data, train_windows, val_windows = open_data(cfg)
         wait()
     if share(data["fingerprint"]) != data["fingerprint"]:
         fail(f"the data of process {rank()}, {data['label']}, is not that of process 0; prepare the same on every machine")

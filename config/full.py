@@ -1,6 +1,7 @@
 """1.4B parameters: several GPUs, web text only."""
 dataset = "fineweb"
 out_dir = "out/full"
+parallel = "fsdp"
 n_layer = 24
 n_head = 16
 n_embd = 2048

@@ -1,6 +1,7 @@
 """41.6M parameters with GPT-2's vocabulary: for one GPU, or for a look at it on a CPU."""
 dataset = "fineweb,pydoc"
 out_dir = "out/micro"
+parallel = "ddp"
 n_layer = 8
 n_head = 8
 n_embd = 512

@@ -16,9 +16,9 @@ import train
 from model import read_checkpoint
 
 
-def torchrun(args, code=0, script="train.py", wait=True):
+def torchrun(args, code=0, script="train.py", wait=True, options=()):
     """train.py on two processes; torchrun adds a report of its own to a failure, and its own traceback."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *args]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, script, *args]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if not wait:
         return process
@@ -151,3 +151,18 @@ def test_dry_run_estimates_memory_within_15_percent_of_the_peak(shards, tmp_path
     run([*command, f"--out_dir={tmp_path / 'run'}"])
     peak = max(json.loads(line).get("peak_gb", 0) for line in open(tmp_path / "run" / "log.jsonl"))
     assert abs(estimate / peak - 1) < 0.15, (estimate, peak)
+
+
+def test_a_killed_process_is_restarted_and_nothing_is_lost(command, alone, tmp_path, monkeypatch):
+    """Without the variable, torch 2.13 never gets its second start on gloo together (pytorch/pytorch issue 135712)."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    process = torchrun([*command[1:], "--save_interval=2", "--resume=True", f"--out_dir={tmp_path / 'run'}"], wait=False,
+                       options=["--max-restarts=1"])
+    while not process.stdout.readline().startswith("step 5/"):
+        assert process.poll() is None
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "resuming at step" in out, (out, err)
+    assert same(losses(tmp_path / "run"), losses(alone))
