@@ -242,6 +242,9 @@ def peak_gb(device):
     """The most memory so far in GB: of tensors on a CUDA device, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():                 # and not getrusage, which counts what the parent of a new process held
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9
     import resource                                          # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 976562.5)
 

@@ -3,7 +3,7 @@
     python prepare_fineweb.py                                   # a billion tokens of FineWeb into data/fineweb
     python prepare_fineweb.py --source=texts/ --max_tokens=0    # .txt, .jsonl(.gz, .xz), .parquet: file, folder or glob
     python prepare_fineweb.py --source=pydoc                    # English out of Python's own documentation, offline
-    python prepare_fineweb.py --part=0/4                        # the first of four processes or machines
+    python prepare_fineweb.py --subset=default --part=0/64      # the first of 64 processes or machines
 
 A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16, little-endian: the format of
 llm.c and modded-nanogpt, whose shards can be read as well. An end-of-text token stands before each document. meta.json
@@ -38,8 +38,7 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
 HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
-ABOUT = {source: (f"{repo} sample-10BT", "ODC-By 1.0") for source, repo in HUB.items()}
-ABOUT["pydoc"] = "this Python's own documentation, the embedded corpus", "PSF-2.0"
+ABOUT = {"pydoc": ("this Python's own documentation, the embedded corpus", "PSF-2.0")}
 OFFLINE = "go offline: python prepare_fineweb.py --source=pydoc"
 
 
@@ -49,11 +48,12 @@ class Config:
     tokenizer: str = ""              # gpt2, or corpus: trained on the text; "": corpus for pydoc, else gpt2
     vocab_size: int = 4096           # ids of a corpus tokenizer
     max_tokens: str = "1B"           # stop after so many training tokens, like 100M or 2B; 0: all
-    part: str = "0/1"                # i/n: every n-th document, from the i-th on, and an n-th of max_tokens
+    part: str = "0/1"                # i/n: every n-th file (document, if files are few) from the i-th on, an n-th of max_tokens
     out: str = ""                    # folder; "": data/<name of the source>
     val_fraction: float = 0.005      # of the documents, chosen by a hash of their text; 0: none
     shard_tokens: int = 100_000_000  # training tokens in a shard
     workers: int = 0                 # threads that tokenize; 0: one a core
+    subset: str = "sample-10BT"      # of the hub's dataset; sample-100BT, sample-350BT, default: all of it
     revision: str = ""               # commit of the hub's dataset; "": the newest
 
     def check(self):
@@ -226,29 +226,34 @@ def encode(tokenizer, text):
     return np.concatenate([[tokenizer.eot_token], *tokens], dtype=np.uint16, casting="unsafe")
 
 
-def open_source(source, revision=""):
-    """(revision, its documents that are not blank, in order); a byte that is not UTF-8 is a lone surrogate in them."""
+def open_source(source, revision="", subset="", part=(0, 1)):
+    """(revision, the documents of part (i, n) that are not blank, in order): every n-th file's, or every n-th document if
+    there are fewer files. A byte that is not UTF-8 is a lone surrogate in them."""
+    i, n = part
     if source == "pydoc":
         revision, texts = f"Python {sys.version.split()[0]}", read_pydoc()
     elif source in HUB:
-        texts = read_hub(HUB[source], revision)
+        texts, (i, n) = read_hub(HUB[source], revision, subset, part), (0, 1)
         revision = next(texts)
     else:
         files = find_files(source)
         revision = f"{len(files)} file{'s'[:len(files) - 1]}, {sum(path.stat().st_size for path in files):,} bytes"
+        files, (i, n) = (files[i::n], (0, 1)) if len(files) >= n else (files, part)
         texts = (text for path in files for text in read_file(path))
-    return revision, (text for text in texts if text.strip())
+    return revision, itertools.islice((text for text in texts if text.strip()), i, None, n)
 
 
-def read_hub(repo, revision):
-    """First the commit that is read, the newest if no revision is given; then the documents."""
+def read_hub(repo, revision, subset, part):
+    """First the commit that is read, the newest if no revision is given; then the documents of a part."""
     import datasets
     from huggingface_hub import HfApi
+    i, n = part
     try:
         revision = revision or HfApi().dataset_info(repo, timeout=5).sha
         yield revision
-        rows = datasets.load_dataset(repo, "sample-10BT", split="train", streaming=True, revision=revision)
-        yield from (row["text"] for row in rows.select_columns(["text"]))
+        rows = datasets.load_dataset(repo, subset, split="train", streaming=True, revision=revision)
+        rows, (i, n) = (rows.shard(n, i), (0, 1)) if rows.num_shards >= n else (rows, part)
+        yield from (row["text"] for row in itertools.islice(rows.select_columns(["text"]), i, None, n))
     except Exception as error:                          # whatever the hub and the libraries below it raise
         raise ConnectionError(f"cannot read {repo} ({type(error).__name__}: {error}); check the network and HF_TOKEN, "
                               f"set HF_ENDPOINT to a mirror, take --source=FILE or {OFFLINE}") from None
@@ -357,9 +362,9 @@ def open_meta(cfg, path):
     """The meta file of a part, or what a new one begins with; ValueError if the folder has other shards."""
     parts, folder, name = read_parts(path.parent), path.parent, Path(cfg.source).name
     recorded = next(iter(parts.values()), {}).get("settings", {})
-    revision, texts = open_source(cfg.source, cfg.revision or recorded.get("revision"))
+    revision, texts = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
     kind = cfg.tokenizer or ("corpus" if name == "pydoc" else "gpt2")
-    settings = {"source": name, "revision": revision, "tokenizer": kind,
+    settings = {"source": name, "revision": revision, "subset": cfg.subset, "tokenizer": kind,
                 "vocab_size": cfg.vocab_size if kind == "corpus" else 50257, "max_tokens": parse_count(cfg.max_tokens),
                 "parts": int(cfg.part.split("/")[1]), "val_fraction": cfg.val_fraction,
                 "shard_tokens": cfg.shard_tokens}
@@ -375,6 +380,8 @@ def open_meta(cfg, path):
         raise ValueError(f"no tokens in source={cfg.source}, nothing written; give it text that is not blank")
     spec = train_tokenizer(itertools.chain([first], texts), cfg.vocab_size) if kind == "corpus" else {"name": "gpt2"}
     about, licence = ABOUT.get(cfg.source, ("text of your own", "yours"))
+    if cfg.source in HUB:
+        about, licence = f"{HUB[cfg.source]} {cfg.subset}", "ODC-By 1.0"
     return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
             "tokenizer": spec, "vocab_size": get_tokenizer(spec).n_vocab, **dict.fromkeys(COUNTS, 0), "offset": 0,
             "shards": [], "settings": settings, "finished": False}
@@ -384,7 +391,8 @@ def write_shards(cfg, meta, path):
     """Read on where `meta` ends, and write the shards of a part to its end, with `meta` to `path` after each."""
     (i, n), size = map(int, cfg.part.split("/")), cfg.shard_tokens
     goal = -(-parse_count(cfg.max_tokens) // n) or sys.maxsize         # training tokens of this part
-    texts = itertools.islice(open_source(cfg.source, meta["revision"])[1], i + n * meta["documents"], None, n)
+    _, texts = open_source(cfg.source, meta["revision"], cfg.subset, (i, n))
+    texts = itertools.islice(texts, meta["documents"], None)
     train, val = array("H"), array("H")                 # tokens that no shard has yet
     start = meta["offset"]                              # in the first document: the last shard ends there
     for tokens, is_val, replaced in encode_all(texts, cfg, meta, goal):

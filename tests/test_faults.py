@@ -25,6 +25,7 @@ from conftest import ROOT, SIZE, call, losses, run
 import configurator
 import train
 from model import read_checkpoint
+from prepare_fineweb import write_shard
 
 
 @pytest.fixture
@@ -269,3 +270,17 @@ def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypat
     out = call([*command, "--max_steps=2"]).stdout
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert row["step_ms"] > row["data_ms"] > 200 and f"data {row['data_ms']:.0f} ms" in out      # two batches a step
+
+
+@pytest.mark.parametrize("how, words", [
+    ("one byte less", "found 20240520, 1, 17,726 and 36,475"), ("nothing left", "found 0, 0, 0 and 0"),
+    ("no shards", "no data for"), ("val gone", "no val shards"), ("short", "no train shard holds a window of block_size=16")])
+def test_shards_that_cannot_be_trained_on_are_refused_at_the_start(command, shards, tmp_path, how, words):
+    bad = shutil.copytree(shards, tmp_path / "bad")
+    [train_shard], [val_shard] = bad.glob("train*.bin"), bad.glob("val*.bin")
+    data = train_shard.read_bytes()
+    {"one byte less": lambda: train_shard.write_bytes(data[:-1]), "nothing left": lambda: train_shard.write_bytes(b""),
+     "no shards": train_shard.unlink, "val gone": val_shard.unlink,
+     "short": lambda: write_shard(train_shard, np.arange(9))}[how]()
+    err = call([*command, f"--dataset={bad}"], code=2).stderr
+    assert words in err and str(bad) in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()

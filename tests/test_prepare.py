@@ -235,10 +235,16 @@ def test_fineweb_is_streamed(tmp_path, monkeypatch, capsys):
     asked, commit, texts = [], "0123456789" * 4, [text * 200 for text in sentences(600)]
 
     class Rows(list):
+        num_shards = 1
+
         def select_columns(self, columns):
             yield from ({column: row for column in columns} for row in self)
-            if len(self) < 600:
+            if len(self) == 590:
                 raise RuntimeError("gone")
+
+        def shard(self, n, i):
+            self.num_shards = 1
+            return Rows(self[i::n])
 
     def load_dataset(*args, **kwargs):
         asked.append((args, kwargs))
@@ -256,6 +262,8 @@ def test_fineweb_is_streamed(tmp_path, monkeypatch, capsys):
     assert asked == [expected] * len(asked) and documents(tmp_path / "o", "train") == texts
     meta = pf.read_meta(tmp_path / "o")
     assert (meta["revision"], meta["licence"], meta["documents"]) == (commit, "ODC-By 1.0", 600)
+    for Rows.num_shards in (1, 4):                  # a part is every fourth document, or every fourth of the hub's files
+        assert list(pf.read_hub("x/y", commit, "default", (1, 4))) == [commit, *texts[1::4]]
 
 
 def test_no_network_is_said_in_one_line(tmp_path):
@@ -400,6 +408,23 @@ def test_parts_are_disjoint_and_complete(tmp_path):
     assert meta["documents"] == 301 and meta["fingerprint"] != alone["fingerprint"]
     assert meta["train_tokens"] == len(tokens_in(folder, "train")) > alone["train_tokens"]
     assert "already prepared" in run(tmp_path, *args, "--part=1/2")
+
+
+def test_parts_take_whole_files_where_there_are_enough(tmp_path, monkeypatch):
+    """So that no part reads, or downloads, what is another's."""
+    texts = [sentences(40)[k::3] for k in range(3)]
+    (tmp_path / "t").mkdir()
+    for k in range(3):
+        write_jsonl(tmp_path / "t" / f"{k}.jsonl", texts[k])
+    args = ("--source=t", "--shard_tokens=300", "--val_fraction=0", *SMALL)
+    for i in range(2):
+        run(tmp_path, *args, f"--part={i}/2")
+    found = documents(tmp_path / "data" / "t", "train")
+    assert found == texts[0] + texts[2] + texts[1]
+    read = []
+    monkeypatch.setattr(pf, "read_file", lambda path: read.append(path.name) or [])
+    list(pf.open_source(str(tmp_path / "t"), part=(1, 2))[1])
+    assert read == ["1.jsonl"]
 
 
 def test_a_full_disk_ends_in_one_line_and_the_rerun_resumes(tmp_path):

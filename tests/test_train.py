@@ -14,6 +14,7 @@ from conftest import ROOT, SIZE, call, losses, run
 
 import configurator
 import diffusion
+import model
 import train
 from model import SunFish, read_checkpoint
 
@@ -267,3 +268,19 @@ def test_activation_checkpointing_changes_nothing_but_memory(shards, tmp_path):
     call([*command, f"--out_dir={tmp_path / 'recomputed'}", "--activation_checkpointing=True"])
     plain, recomputed = losses(tmp_path / "plain"), losses(tmp_path / "recomputed")
     assert plain == pytest.approx(recomputed, rel=1e-6)
+
+
+def test_scores_in_chunks_give_the_loss_and_gradients_of_scores_as_a_whole(windows, monkeypatch):
+    """And never stand in memory at once: the largest tensor of the chunked step is smaller than the scores."""
+    cfg, found = config("--batch_size=8"), []
+    for scores in (10 ** 9, 320 * 7):
+        monkeypatch.setattr(model, "SCORES", scores)
+        torch.manual_seed(0)
+        net = SunFish(cfg, 300)
+        with model.Peak(torch.device("cpu")) as peak:
+            loss, _ = train.train_step(train.DenoisingLoss(net, cfg), cfg, windows, 0, "cpu", contextlib.nullcontext)
+        found.append((loss, peak.largest, [p.grad for p in net.parameters() if p.grad is not None]))
+    (whole, largest, grads), (chunked, small, others) = found
+    assert largest >= 8 * 16 * 320 * 4 > small
+    assert chunked == pytest.approx(whole, rel=1e-6) and len(grads) == len(others) > 10
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, others, strict=True))
