@@ -45,3 +45,10 @@ def test_the_core_is_as_short_as_the_readme_says():
     files = "configurator diffusion model prepare_fineweb train sample".split()
     lines = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in files)
     assert abs(lines / said - 1) < 0.05, lines
+
+
+def test_every_test_named_exists():
+    defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert len(named) > 30 and all(f"def {name}(" in defined for name in named), \
+        [name for name in named if f"def {name}(" not in defined]
