@@ -23,7 +23,7 @@ class Config(ModelConfig):
     out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
     resume: bool = False                 # continue from the newest checkpoint in out_dir
     # the optimizer step
-    batch_size: int = 8                  # sequences on a device at a time
+    batch_size: int = 8                  # sequences on a device at a time, at most
     batch_tokens: int = 65_536           # tokens in an optimizer step; gradient accumulation follows from it
     max_steps: int = 10_000              # optimizer steps
     learning_rate: float = 1e-3          # peak; cosine to zero after the warm-up
@@ -72,20 +72,24 @@ class Config(ModelConfig):
         for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false"), ("parallel", "auto ddp fsdp")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {known}")
-        alone = self.batch_size * self.block_size
-        batch = alone * world_size()
-        if self.batch_tokens % batch:
-            near = max(1, round(self.batch_tokens / batch)) * batch
-            what = f"batch_size * block_size * world_size={world_size()}" if world_size() > 1 else "batch_size * block_size"
-            n = self.batch_tokens // alone
-            fits = "" if self.batch_tokens % alone else \
-                f", or so many processes: {', '.join(str(i) for i in range(1, n + 1) if n % i == 0)}"
-            raise ValueError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try {near:,}{fits}")
+        n, rest = divmod(self.batch_tokens, self.block_size)
+        fits = [i for i in range(1, min(n, 4096) + 1) if n % i == 0 and n // i % min(self.batch_size, n // i) == 0 and not rest]
+        if world_size() not in fits:
+            what, batch = "batch_size * block_size", self.batch_size * self.block_size * world_size()
+            what += f" * world_size={world_size()}" if world_size() > 1 else ""
+            others = f", or {', '.join(map(str, fits))} processes" if fits and world_size() > 1 else ""
+            raise ValueError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try "
+                             f"{max(1, round(self.batch_tokens / batch)) * batch:,}{others}")
 
     @property
     def samples(self):
         """Sequences in an optimizer step, of all processes."""
         return self.batch_tokens // self.block_size
+
+    @property
+    def sequences(self):
+        """Sequences on a device at a time."""
+        return min(self.batch_size, self.samples // world_size())
 
 
 def rank():
@@ -484,14 +488,14 @@ def estimate_memory(cfg, vocab_size, device, dtype):
     """Bytes of weights, averages and optimizer between steps, and the peak within one: two steps on tensors without
     memory (FakeTensorMode), so every setting counts as it does in training. On a CPU, add torch's libraries and once more
     the largest tensor, for the holes that the allocator leaves (bench/LOG.md)."""
-    B, T, P = cfg.batch_size, cfg.block_size, cfg.prompt_size
+    B, T, P = cfg.sequences, cfg.block_size, cfg.prompt_size
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.device(device), Peak(device) as peak:
         net, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size)
         model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
         shapes = ((B, T), torch.int64), ((B, T), torch.int64), ((B, T, cfg.token_dim), None), ((B, P), torch.int64), \
             ((B, P), torch.bool), ((B,), torch.bool)
-        accumulates = cfg.samples > cfg.batch_size * world_size()
+        accumulates = cfg.samples > cfg.sequences * world_size()
         for last in (True, False, True) if accumulates else (True, True):
             batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), B // 2)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -533,8 +537,8 @@ def dry_run(cfg):
 
 def describe_batch(cfg):
     processes = f"{world_size()} processes x " if world_size() > 1 else ""
-    return (f"{cfg.batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.block_size} tokens x {processes}"
-            f"{cfg.samples // cfg.batch_size // world_size()} accumulated")
+    return (f"{cfg.batch_tokens:,} tokens = {cfg.sequences} sequences x {cfg.block_size} tokens x {processes}"
+            f"{cfg.samples // cfg.sequences // world_size()} accumulated")
 
 
 # ---- processes: nothing above knows how many there are, nothing below needs to ----
@@ -684,9 +688,9 @@ def log_in(cfg):
 
 
 def micro_batches(cfg, rank, world_size):
-    """The samples (indices within the step) of each batch that one process accumulates."""
-    return [range(first, first + cfg.batch_size)
-            for first in range(rank * cfg.batch_size, cfg.samples, world_size * cfg.batch_size)]
+    """The samples (indices within the step) of each batch that one of the processes accumulates."""
+    B = min(cfg.batch_size, cfg.samples // world_size)
+    return [range(first, first + B) for first in range(rank * B, cfg.samples, world_size * B)]
 
 
 def train_step(model, cfg, windows, step, device, autocast):
@@ -792,7 +796,7 @@ def main(cfg):
                      f"from step {saved:,} with a lower learning_rate or grad_clip", code=1)
             optimizer.step()
         except torch.OutOfMemoryError:
-            fail(f"out of memory with {cfg.batch_size} sequences of {cfg.block_size} tokens, peak {peak_gb(device):.1f} "
+            fail(f"out of memory with {cfg.sequences} sequences of {cfg.block_size} tokens, peak {peak_gb(device):.1f} "
                  "GB; halve batch_size, accumulation keeps the step the same", code=1)
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, raw_model, cfg.ema_decay, step)
