@@ -529,10 +529,10 @@ def dry_run(cfg):
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
           f"{vocab_size:,} ({label}), table {net.table.size(0):,} rows")
     print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table:,} without the table")
-    print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e9:.2f}B tokens")
+    print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens")
     print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak {(most + process) / 1e9:.2f} "
           f"GB; with parallel=fsdp about {(sharded + process) / 1e9:.2f} GB on each of 8")
-    print(f"checkpoint: {n * 16 / 1e9:.2f} GB, about {n * 16 / DISK:.0f} s on a disk that writes {DISK / 1e9:.0f} GB a second")
+    print(f"checkpoint: {n * 16 / 1e9:.2f} GB, about {n * 16 / DISK:.1f} s on a disk that writes {DISK / 1e9:.0f} GB a second")
 
 
 def describe_batch(cfg):
@@ -611,7 +611,7 @@ def distribute(cfg, net, ema, device, dtype, compiled):
     net.to(device)
     ema.to(device)
     model = torch.compile(loss_fn) if compiled else loss_fn
-    return DistributedDataParallel(model, broadcast_buffers=False) if kind == "ddp" else model
+    return DistributedDataParallel(model) if kind == "ddp" else model
 
 
 # ---- the loop ----
