@@ -46,6 +46,9 @@ class ModelConfig:
         if self.n_embd % (2 * self.n_head):
             near = max(1, round(self.n_embd / (2 * self.n_head))) * 2 * self.n_head
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head}; try {near}")
+        if self.cross_every > self.n_layer:
+            raise ValueError(f"cross_every={self.cross_every} is more than n_layer={self.n_layer}: no block would see the prompt; "
+                             f"try {self.n_layer}")
         if self.timesteps < 2:
             raise ValueError(f"timesteps={self.timesteps} is less than 2; 1000 is usual")
         if not self.beta_start <= self.beta_end < 1:

@@ -252,7 +252,7 @@ def read_hub(repo, revision, subset, part):
         revision = revision or HfApi().dataset_info(repo, timeout=5).sha
         yield revision
         rows = datasets.load_dataset(repo, subset, split="train", streaming=True, revision=revision)
-        rows, (i, n) = (rows.shard(n, i), (0, 1)) if rows.num_shards >= n else (rows, part)
+        rows, (i, n) = (rows.shard(n, i, contiguous=False), (0, 1)) if rows.num_shards >= n else (rows, part)
         yield from (row["text"] for row in itertools.islice(rows.select_columns(["text"]), i, None, n))
     except Exception as error:                          # whatever the hub and the libraries below it raise
         raise ConnectionError(f"cannot read {repo} ({type(error).__name__}: {error}); check the network and HF_TOKEN, "

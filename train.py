@@ -106,10 +106,10 @@ if __name__ == "__main__":
     CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
 
 import contextlib                 # noqa: E402
-import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -274,9 +274,9 @@ class DenoisingLoss(nn.Module):
     One module around all that touches the weights, so that compilation and distribution wrap a single call.
     """
 
-    def __init__(self, net, cfg):
+    def __init__(self, net, cfg, lockstep=False):
         super().__init__()
-        self.net, self.cfg = net, cfg
+        self.net, self.cfg, self.lockstep = net, cfg, lockstep      # lockstep: sharded processes call the network equally often
 
     def forward(self, batch):
         net, cfg = self.net, self.cfg
@@ -304,10 +304,9 @@ class DenoisingLoss(nn.Module):
     def first_guess(self, x_t, log_snr, batch, table):
         """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others; with objective eps for
         all, as in the origin design, whose guess of x_0 grows without limit at high noise."""
-        x_prev = torch.zeros_like(x_t)
-        if not self.cfg.self_conditioning or self.cfg.objective == "eps":
+        x_prev, n = torch.zeros_like(x_t), max(batch.guesses, self.lockstep)
+        if not n or not self.cfg.self_conditioning or self.cfg.objective == "eps":
             return x_prev
-        n = max(1, batch.guesses)       # sharded processes must all call the network, though one may have no guess to make
         hidden = self.net.hidden(x_t[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], table)
         read = diffusion.read_logits(table)
         guess = in_chunks(lambda h: read(self.net.scores(h, table), None, None)[0], len(table), hidden)
@@ -419,14 +418,14 @@ def gather_state(model, ema, optimizer):
                 optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
 
 
-def restore_state(checkpoint, model, ema, optimizer):
-    """The inverse of gather_state: the first process has the checkpoint, the others None."""
-    state = checkpoint or dict.fromkeys(("model", "ema", "optimizer"), {})
+def restore_state(state, model, ema, optimizer=None):
+    """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer: of weights."""
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    dcp.set_model_state_dict(model, state["model"], options=options)
-    dcp.set_model_state_dict(ema, state["ema"], options=options)
-    moments = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state["optimizer"])   # not mapped any more
-    dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+    for net, name in ((model, "model"), (ema, "ema")):
+        dcp.set_model_state_dict(net, dict(state.get(name, {})), options=options)      # a copy: it is changed
+    if optimizer:                                       # its tensors, kept as they come, must not stay mapped from a file
+        moments = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state.get("optimizer", {}))
+        dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
 
 
 def save_checkpoint(cfg, **content):
@@ -462,7 +461,11 @@ def check_resumable(cfg, data, checkpoint):
 
 def choose_machine(cfg):
     """device, autocast dtype and whether to compile, each with the reason in the line that is printed."""
-    shared = "RANK" in os.environ and cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+        fail("RANK is set, but LOCAL_RANK is not; start with torchrun, which sets both, or unset RANK")
+    if world_size() > 1 and cfg.device not in ("auto", "cpu", "cuda"):
+        fail(f"device={cfg.device}, but {world_size()} processes need one each; use --device=cuda, and CUDA_VISIBLE_DEVICES to choose")
+    shared = "RANK" in os.environ and cfg.device != "cpu" and torch.cuda.is_available()
     try:
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if shared else cfg.device)
     except ValueError as error:
@@ -485,9 +488,9 @@ def choose_machine(cfg):
 
 
 def estimate_memory(cfg, vocab_size, device, dtype):
-    """Bytes of weights, averages and optimizer between steps, and the peak within one: two steps on tensors without
-    memory (FakeTensorMode), so every setting counts as it does in training. On a CPU, add torch's libraries and once more
-    the largest tensor, for the holes that the allocator leaves (bench/LOG.md)."""
+    """Bytes of weights, averages and optimizer between steps, and the peak within one: of one process, eager, from two steps
+    on tensors without memory (FakeTensorMode). On a CPU, add torch's libraries and once more the largest tensor, for the
+    holes that the allocator leaves (bench/LOG.md)."""
     B, T, P = cfg.sequences, cfg.block_size, cfg.prompt_size
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.device(device), Peak(device) as peak:
@@ -541,7 +544,7 @@ def describe_batch(cfg):
             f"{cfg.samples // cfg.sequences // world_size()} accumulated")
 
 
-# ---- processes: nothing above knows how many there are, nothing below needs to ----
+# ---- processes ----
 
 def join_processes(device):
     """Meet the other processes that torchrun started, if it started this one."""
@@ -591,13 +594,15 @@ def whole_network(net, cfg, vocab_size, device):
 
 
 def distribute(cfg, net, ema, device, dtype, compiled):
-    """The loss of the network as one module to call, compiled and, under torchrun, replicated or sharded; moves both
-    networks to the device. Sharding is FSDP2 by block, with the parameters in `dtype` and gradients summed in float32."""
+    """The loss of a network as one module to call, compiled and, under torchrun, replicated or sharded; both networks come
+    on the meta device and get memory, but no values yet. Sharding is FSDP2 by block, with the parameters in `dtype` and
+    gradients summed in float32."""
     size = sum(p.numel() for p in net.parameters()) * 20        # weights, gradients, two moments, average
     small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
     kind = "none" if not dist.is_initialized() else cfg.parallel if cfg.parallel != "auto" else "ddp" if small else "fsdp"
-    print(f"processes {world_size()}, parallel {kind} ({'asked for' if kind == cfg.parallel else f'{size / 1e9:.1f} GB of state'})")
-    loss_fn = DenoisingLoss(recompute_blocks(net, cfg), cfg)
+    why = "not under torchrun" if kind == "none" else "asked for" if kind == cfg.parallel else f"{size / 1e9:.1f} GB of state"
+    print(f"processes {world_size()}, parallel {kind} ({why})")
+    loss_fn = DenoisingLoss(recompute_blocks(net, cfg), cfg, lockstep=kind == "fsdp")
     if kind == "fsdp":
         for block in net.blocks if compiled else ():
             block.forward = torch.compile(block.forward)
@@ -607,11 +612,11 @@ def distribute(cfg, net, ema, device, dtype, compiled):
         for block in (*net.blocks, *ema.blocks):
             shard(block, mp_policy=policy)
         shard(ema)
-        return shard(loss_fn)
-    net.to(device)
-    ema.to(device)
-    model = torch.compile(loss_fn) if compiled else loss_fn
-    return DistributedDataParallel(model) if kind == "ddp" else model
+        shard(loss_fn)
+    net.to_empty(device=device)
+    ema.to_empty(device=device)
+    model = torch.compile(loss_fn) if compiled and kind != "fsdp" else loss_fn
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if kind == "ddp" else model
 
 
 # ---- the loop ----
@@ -648,10 +653,9 @@ class Log:
     def __init__(self, cfg, file, start, wandb_id):
         file.seek(0)
         end = 0
-        for row in iter(file.readline, ""):
-            if not row.endswith("\n") or json.loads(row)["step"] > start:
-                break
-            end = file.tell()
+        with contextlib.suppress(ValueError):           # a row that was cut short ends what is kept
+            while (row := file.readline()).endswith("\n") and json.loads(row)["step"] <= start:
+                end = file.tell()
         file.truncate(end)                              # at once: rows before it cannot be lost
         self.file, self.run, self.wandb_id = file, None, wandb_id
         if cfg.wandb_log:
@@ -687,10 +691,10 @@ def log_in(cfg):
             fail(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline")
 
 
-def micro_batches(cfg, rank, world_size):
-    """The samples (indices within the step) of each batch that one of the processes accumulates."""
-    B = min(cfg.batch_size, cfg.samples // world_size)
-    return [range(first, first + B) for first in range(rank * B, cfg.samples, world_size * B)]
+def micro_batches(cfg, i, n):
+    """The samples (indices within the step) of each batch that process i of n accumulates."""
+    B = min(cfg.batch_size, cfg.samples // n)
+    return [range(first, first + B) for first in range(i * B, cfg.samples, n * B)]
 
 
 def train_step(model, cfg, windows, step, device, autocast):
@@ -744,10 +748,10 @@ def catch_signals():
 
 
 def main(cfg):
-    if cfg.dry_run:
-        return dry_run(cfg)
     if rank():
         sys.stdout = open(os.devnull, "w")              # one voice; faults still go to stderr
+    if cfg.dry_run:
+        return dry_run(cfg)
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
     join_processes(device)
@@ -767,14 +771,16 @@ def main(cfg):
         log = Log(cfg, file, checkpoint["step"] if checkpoint else 0, checkpoint and checkpoint["wandb_id"])
     start, spikes = share((checkpoint["step"], checkpoint["spikes"]) if checkpoint else (0, (0, 0.0, 0.0, 0)))
 
-    torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
-    raw_model = SunFish(cfg, vocab_size, train_windows.unigram())
-    ema = copy.deepcopy(raw_model).requires_grad_(False)
+    with torch.device("meta"):
+        raw_model, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size).requires_grad_(False)
     model = distribute(cfg, raw_model, ema, device, dtype, compiled)
     optimizer = make_optimizer(raw_model, cfg)
-    if start:
-        restore_state(checkpoint, raw_model, ema, optimizer)
-    del checkpoint
+    if rank() == 0 and not checkpoint:
+        torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
+        first = SunFish(cfg, vocab_size, train_windows.unigram()).state_dict()
+        checkpoint = dict(model=first, ema=first)
+    restore_state(checkpoint or {}, raw_model, ema, optimizer if start else None)
+    checkpoint = first = None
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")
@@ -842,4 +848,9 @@ def format_time(seconds):
 
 
 if __name__ == "__main__":
-    main(CFG)
+    try:
+        main(CFG)
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search("[Cc]onnection (closed|reset)|NCCL", str(error)):
+            raise
+        fail(f"process {rank()}: another process has ended, so this one cannot go on", code=1)

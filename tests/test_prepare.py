@@ -242,7 +242,7 @@ def test_fineweb_is_streamed(tmp_path, monkeypatch, capsys):
             if len(self) == 590:
                 raise RuntimeError("gone")
 
-        def shard(self, n, i):
+        def shard(self, n, i, contiguous):
             self.num_shards = 1
             return Rows(self[i::n])
 
