@@ -59,7 +59,7 @@ class Config(ModelConfig):
         """Raise ValueError, in one line that says what to do, for settings that cannot work."""
         super().check()
         for names, low, high in (
-                ("batch_size batch_tokens max_steps log_interval save_interval keep_last eval_sequences", 1, 1e18),
+                ("batch_size batch_tokens max_steps log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
                 ("p_independent p_given self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate", 1e-12, 1e3)):
@@ -747,6 +747,21 @@ def catch_signals():
     return caught
 
 
+def build(cfg, windows, checkpoint, start, device, dtype, compiled):
+    """raw_model, ema, model and optimizer: from the checkpoint of the first process, or drawn by it at step 0."""
+    with torch.device("meta"):
+        raw_model, ema = (SunFish(cfg, windows.vocab_size) for _ in range(2))
+    ema.requires_grad_(False)
+    model = distribute(cfg, raw_model, ema, device, dtype, compiled)
+    optimizer = make_optimizer(raw_model, cfg)
+    if rank() == 0 and not checkpoint:
+        torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
+        weights = SunFish(cfg, windows.vocab_size, windows.unigram()).state_dict()
+        checkpoint = dict(model=weights, ema=weights)
+    restore_state(checkpoint or {}, raw_model, ema, optimizer if start else None)
+    return raw_model, ema, model, optimizer
+
+
 def main(cfg):
     if rank():
         sys.stdout = open(os.devnull, "w")              # one voice; faults still go to stderr
@@ -771,16 +786,8 @@ def main(cfg):
         log = Log(cfg, file, checkpoint["step"] if checkpoint else 0, checkpoint and checkpoint["wandb_id"])
     start, spikes = share((checkpoint["step"], checkpoint["spikes"]) if checkpoint else (0, (0, 0.0, 0.0, 0)))
 
-    with torch.device("meta"):
-        raw_model, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size).requires_grad_(False)
-    model = distribute(cfg, raw_model, ema, device, dtype, compiled)
-    optimizer = make_optimizer(raw_model, cfg)
-    if rank() == 0 and not checkpoint:
-        torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
-        first = SunFish(cfg, vocab_size, train_windows.unigram()).state_dict()
-        checkpoint = dict(model=first, ema=first)
-    restore_state(checkpoint or {}, raw_model, ema, optimizer if start else None)
-    checkpoint = first = None
+    raw_model, ema, model, optimizer = build(cfg, train_windows, checkpoint, start, device, dtype, compiled)
+    del checkpoint
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")

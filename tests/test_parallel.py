@@ -159,7 +159,7 @@ def test_fsdp_on_one_gpu_in_bf16(shards, tmp_path):
 
 def test_dry_run_estimates_memory_within_15_percent_of_the_peak(shards, tmp_path):
     command = ["train.py", ROOT / "config/tiny.py", f"--dataset={shards}", "--max_steps=3", "--eval_interval=0",
-               "--eval_sequences=1", "--device=cpu", "--compile=false"]
+               "--eval_sequences=2", "--device=cpu", "--compile=false"]
     estimate = run([*command, "--dry_run=True"]).stdout
     estimate = float(estimate[estimate.index(", peak ") + 7:].split()[0])
     run([*command, f"--out_dir={tmp_path / 'run'}"])
