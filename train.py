@@ -548,7 +548,7 @@ def describe_batch(cfg):
 
 def join_processes(device):
     """Meet the other processes that torchrun started, if it started this one."""
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
