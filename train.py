@@ -857,6 +857,8 @@ def format_time(seconds):
 if __name__ == "__main__":
     try:
         main(CFG)
+    except BrokenPipeError:                             # a reader such as head has seen enough
+        os._exit(141)
     except RuntimeError as error:
         if world_size() == 1 or not re.search("[Cc]onnection (closed|reset)|NCCL", str(error)):
             raise
