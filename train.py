@@ -839,13 +839,25 @@ def main(cfg):
                 log.write(step=done, **evaluate(network, cfg, val_windows, encoding))
         if leaving:
             break
-    wait()                                          # torchrun ends all as soon as one leaves
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if saved < cfg.max_steps:
         print(f"saved step {saved:,} in {cfg.out_dir}; the same command with --resume=True goes on")
-        raise SystemExit(128 + int(leaving))
-    print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={cfg.out_dir}")
+    else:
+        print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={cfg.out_dir}")
+    code = 128 + int(leaving) if saved < cfg.max_steps else 0
+    if dist.is_initialized():
+        leave(log, code)
+    if code:
+        raise SystemExit(code)
+
+
+def leave(log, code):
+    """End one of several processes at once: gloo was seen to hang once, under load, while it was taken down in order."""
+    if log and log.run:
+        log.run.finish()
+    with contextlib.suppress(RuntimeError):             # the other has left already, all is saved
+        wait()                                          # torchrun ends all as soon as one leaves
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def format_time(seconds):
