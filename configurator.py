@@ -31,6 +31,7 @@ class ModelConfig:
     token_dim: int = 136             # width C of a token vector, the space that is diffused
     block_size: int = 512            # tokens in a window
     prompt_size: int = 64            # most tokens of prompt that cross-attention sees
+    span_size: int = 8               # tokens that are written together, from left to right; 0 is the whole window
     cross_every: int = 1             # cross-attention to the prompt in every n-th block
     objective: str = "ce"            # ce, cross-entropy of the token; eps, squared error of the noise
     schedule: str = "gumbel"         # gumbel (fitted while training), linear, cosine, sqrt
@@ -49,6 +50,8 @@ class ModelConfig:
         if self.cross_every > self.n_layer:
             raise ValueError(f"cross_every={self.cross_every} is more than n_layer={self.n_layer}: no block would see the prompt; "
                              f"try {self.n_layer}")
+        if not 0 <= self.span_size <= self.block_size:
+            raise ValueError(f"span_size={self.span_size} is not between 0 (the whole window) and block_size={self.block_size}")
         if self.timesteps < 2:
             raise ValueError(f"timesteps={self.timesteps} is less than 2; 1000 is usual")
         if not self.beta_start <= self.beta_end < 1:

@@ -56,9 +56,9 @@ def gumbel_cdf(g, mu, beta):
 
 
 def schedule_loss(nll, log_snr, mu, beta, height, norm):
-    """How far nll (N,), in nats a token, lies from height * Gumbel CDF of its noise (N,): (N,), for the three scalars."""
+    """Squared distance of nll (...), in nats a token, from height * Gumbel CDF of its noise (...), for the three scalars."""
     g = -log_snr - 2 * math.log(norm)
-    return F.smooth_l1_loss(height * gumbel_cdf(g, mu, beta), nll, reduction="none")
+    return (height * gumbel_cdf(g, mu, beta) - nll).square()
 
 
 def make_schedule(cfg, fitted):
@@ -111,11 +111,16 @@ def generator(device, *keys):
     return torch.Generator(device).manual_seed(mix(*keys))
 
 
-def randn(x, rng):
+def randn(x, rng, draw=torch.randn):
     """Normal noise like x (B, ...); rng is None, a Generator, or a list of B, which frees the noise from the batch size."""
     if isinstance(rng, (list, tuple)):
-        return torch.stack([torch.randn(x.shape[1:], generator=r, dtype=x.dtype, device=x.device) for r in rng])
-    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
+        return torch.stack([draw(x.shape[1:], generator=r, dtype=x.dtype, device=x.device) for r in rng])
+    return draw(x.shape, generator=rng, dtype=x.dtype, device=x.device)
+
+
+def choose(logits, eta=0.0, rng=None):
+    """Tokens (B, T) under logits (B, T, V): the best ones with eta = 0, drawn from their softmax with eta = 1."""
+    return (logits - eta * torch.log(-torch.log(randn(logits, rng, torch.rand)))).argmax(-1) if eta else logits.argmax(-1)
 
 
 # ---- samplers ----
@@ -177,7 +182,7 @@ def guided(network, null_network, scale):
 
 def read_logits(table, temperature=1.0):
     """The `read` of objective ce: logits (B, T, V) -> x_0_hat, the mean of the table's rows (V, C) under softmax."""
-    return lambda logits, x_t, log_snr: ((logits / temperature).softmax(-1) @ table, logits)
+    return lambda logits, x_t, log_snr: ((logits / temperature).softmax(-1) @ table, logits / temperature)
 
 
 def read_eps(table):
@@ -221,19 +226,43 @@ def two_pass(network, read):
     return predict
 
 
-def generate(network, read, table, alpha_bar, idx, known, steps=50, eta=0.0, rng=None, watch=None):
-    """Tokens (B, T) that keep idx (B, T) where known (B, T) and are sampled elsewhere; watch as in `denoiser`."""
-    tokens = idx
+def spans(T, size):
+    """The turn in which each of T tokens is written, `size` at a time from left to right, or all at once if 0: (T,)."""
+    return torch.arange(T) // (size or T)
+
+
+def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, eta=0.0, rng=None, watch=None):
+    """Tokens (B, T) that keep idx (B, T) where known (T,) and are elsewhere written turn by turn, as group (T,) says, each
+    turn in its share of the steps.
+
+    `network_for(tokens, group, start, end)` is the network of the noisy tokens start .. end that are written after those
+    of smaller turns; known tokens have the smallest. What the last call leaves open is drawn from its softmax, or decided
+    for the likeliest with eta = 0. watch(t, tokens), if given, sees the text after every call.
+    Raises ValueError if there are fewer steps than turns.
+    """
+    tokens, group = idx.clone(), torch.where(known, -1, group)
+    turns = group[~known].unique().tolist()
+    if steps < len(turns):
+        raise ValueError(f"steps={steps} is less than one for each of {len(turns)} turns")
+    for i, turn in enumerate(turns):
+        start, end = (group == turn).nonzero()[[0, -1]].flatten().tolist()
+        part, now = tokens[:, start:end + 1], (group == turn)[start:end + 1]
+        network, n = network_for(tokens, group, start, end + 1), steps * (i + 1) // len(turns) - steps * i // len(turns)
+        write_turn(network, read, table, alpha_bar, part, now, n, eta, rng, watch and (lambda t: watch(t, tokens)))
+    return tokens
+
+
+def write_turn(network, read, table, alpha_bar, tokens, now, steps, eta=0.0, rng=None, watch=None):
+    """Write, in place, those of the tokens (B, n) that stand where now (n,)."""
+    calls, x_known, held = [], table[tokens], ~now.expand(tokens.shape)
 
     def keep(t, x_0_hat, logits):
-        nonlocal tokens
-        tokens = torch.where(known, idx, logits.argmax(-1))
+        calls.append(t)
+        tokens.copy_(torch.where(now, choose(logits, eta * (len(calls) == steps), rng), tokens))
         if watch:
-            watch(t, x_0_hat, logits)
-    x_known = table[idx]
-    denoise = denoiser(network, read, alpha_bar, known, keep)
-    sample_constrained_ddim(denoise, randn(x_known, rng), alpha_bar, x_known, known, steps, eta, rng)
-    return tokens
+            watch(t)
+    denoise = denoiser(network, read, alpha_bar, held, keep)
+    sample_constrained_ddim(denoise, randn(x_known, rng), alpha_bar, x_known, held, steps, eta, rng)
 
 
 # ---- objectives ----
@@ -260,54 +289,63 @@ class Bound(NamedTuple):
         return self.reconstruction + self.diffusion + self.prior
 
 
-def stratified(n, timesteps, rng=None):
-    """n indices (n,) in 2 .. timesteps, one from each n-th part of the range, in random order."""
+def by_turn(u, group):
+    """A place in 0 .. 1 for each turn in group (..., T): u (..., 1) for turn 0, a golden section further for each next one.
+    Uniform u makes all of them uniform, and spread evenly within a sequence."""
+    return (u + 0.6180339887498949 * group) % 1
+
+
+def stratified(n, timesteps, group, rng=None):
+    """Indices (n, T) in 2 .. timesteps, one for each turn in group (T,); those of a turn one from each n-th part of the
+    range, in random order."""
     u = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng, dtype=torch.float64)) / n
-    return 2 + (u * (timesteps - 1)).long().clamp(max=timesteps - 2)
+    return 2 + (by_turn(u[:, None], group) * (timesteps - 1)).long().clamp(max=timesteps - 2)
 
 
 def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
-    """One draw of the bound for each sequence of idx (B, T) at indices t (B,) in 2 .. timesteps: parts of shape (B,).
+    """One draw of the bound for each sequence of idx (B, T) at indices t (B, T) in 2 .. timesteps: parts of shape (B,).
 
-    Unbiased for uniform t. The diffusion part is 1/2 (snr_{t-1} - snr_t) |x_0 - x_0_hat|^2, timesteps - 1 times
+    Unbiased for uniform t, equal in tokens that are written together; `predict` may show each token those of earlier
+    turns (the chain rule). The diffusion part is 1/2 (snr_{t-1} - snr_t) |x_0 - x_0_hat|^2, timesteps - 1 times
     (Kingma et al. 2021, eq. 14), in float64; `predict` is two_pass of the averaged weights at temperature 1.
     """
     x_0 = table[idx]
     snr = alpha_bar / (1 - alpha_bar)
 
     def noised(t):
-        t = t.to(idx.device)[:, None].expand(idx.shape)
+        t = t.to(idx.device)
         x_t = add_noise(x_0, t, alpha_bar, randn(x_0, rng))
         return predict(x_t, log_snr(t, alpha_bar))
 
-    _, logits = noised(torch.ones_like(t))
+    _, logits = noised(torch.ones_like(idx))
     reconstruction = ce_loss(logits, idx).double().mean(1)
     x_0_hat, _ = noised(t)
-    error = (x_0 - x_0_hat).double().square().sum(-1).mean(1)                          # (B,)
+    error = (x_0 - x_0_hat).double().square().sum(-1)                                  # (B, T)
     t = t.to(alpha_bar.device)
-    diffusion = (len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error
+    diffusion = ((len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error).mean(1)
     a = alpha_bar[-1]
     squared_norm = x_0.double().square().sum(-1).mean(1)
     prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a
     return Bound(reconstruction, diffusion, prior)
 
 
-def estimate_bound(predict, table, idx, alpha_bar, batch_size):
-    """The bound on idx (N, T) from fixed noise, each sequence at one index: parts, their sum and its standard error.
-    The size of a batch changes nothing."""
-    t = stratified(len(idx), len(alpha_bar) - 1, generator("cpu", "bound"))
+def estimate_bound(predict_for, table, idx, group, alpha_bar, batch_size):
+    """The bound on idx (N, T), written in the turns group (T,), from fixed noise, each turn of a sequence at one index:
+    parts, their sum and its standard error. `predict_for(idx)` is the `predict` of some sequences. The size of a batch
+    changes nothing."""
+    t = stratified(len(idx), len(alpha_bar) - 1, group.cpu(), generator("cpu", "bound"))
     draws = []
     for first in range(0, len(idx), batch_size):
         part = idx[first:first + batch_size]
         rng = [generator(idx.device, "bound", first + i) for i in range(len(part))]
-        draws.append(likelihood_bound(predict, table, part, alpha_bar, t[first:first + batch_size], rng))
+        draws.append(likelihood_bound(predict_for(part), table, part, alpha_bar, t[first:first + batch_size], rng))
     bound = Bound(*(torch.cat(part) for part in zip(*draws, strict=True)))
     total = bound.total()
     return {**{name: part.mean().item() for name, part in bound._asdict().items()}, "bound": total.mean().item(),
             "bound_error": (total.std() / len(total) ** 0.5).item()}
 
 
-def ce_by_noise(predict, free, table, idx, alpha_bar, batch_size, bands=8):
+def ce_by_noise(predict_for, free, table, idx, alpha_bar, batch_size, bands=8):
     """Cross-entropy of idx (N, T) at fixed noise: rows (t, of the network, of the context-free posterior) in nats.
 
     `free(x_t, log_snr)` gives the logits of the latter. The gap is what the network has learnt about context; the training
@@ -321,6 +359,7 @@ def ce_by_noise(predict, free, table, idx, alpha_bar, batch_size, bands=8):
             rng = [generator(idx.device, "band", k, first + i) for i in range(len(part))]
             t, x_0 = torch.full_like(part, index), table[part]
             x_t, level = add_noise(x_0, t, alpha_bar, randn(x_0, rng)), log_snr(t, alpha_bar)
-            losses.append([ce_loss(logits, part).sum().item() for logits in (predict(x_t, level)[1], free(x_t, level))])
+            both = predict_for(part)(x_t, level)[1], free(x_t, level)
+            losses.append([ce_loss(logits, part).sum().item() for logits in both])
         rows.append((index, *(sum(loss) / idx.numel() for loss in zip(*losses, strict=True))))
     return rows

@@ -17,6 +17,7 @@ import sys
 import weakref
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import ModelConfig
 
 CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond which nothing changes: readable, blind
+LATER = 2 ** 31               # the turn of what is never read
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
 HUGE_PAGE = 2 ** 21           # bytes
@@ -60,8 +62,24 @@ def in_chunks(f, width, *inputs):
     return torch.cat(done).unflatten(0, (B, T))
 
 
+def visible(group, start, end, relation):
+    """Where relation(turn of another token, own turn) holds for the tokens start .. end of group (B, T): for attention
+    (B, 1, n, T), and for the neighbours in the convolution (B, n, KERNEL)."""
+    own = group[:, start:end, None]
+    around = F.pad(group, (KERNEL // 2, KERNEL // 2), value=LATER).unfold(1, KERNEL, 1)[:, start:end]
+    return relation(group[:, None], own)[:, None], relation(around, own)
+
+
+class Past(NamedTuple):
+    """Clean tokens as each block has read them, for the tokens that are written after them."""
+    blocks: list                   # of each: what its convolution reads (B, T, n_embd), keys and values (B, H, T, D)
+    attend: torch.Tensor           # (B, 1, n, T + n) of n noisy tokens: which clean ones, then which noisy ones they see
+    near: tuple                    # the same for the convolution: two of (B, n, KERNEL)
+    start: int                     # place of the first noisy token
+
+
 class Attention(nn.Module):
-    """Full multi-head attention from x to itself or to a context, with normalised queries and keys."""
+    """Multi-head attention with normalised queries and keys, from x to itself or to a context."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -70,15 +88,22 @@ class Attention(nn.Module):
         self.kv = nn.Linear(cfg.n_embd, 2 * cfg.n_embd, bias=False)
         self.out = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
-    def forward(self, x, context, x_pos, context_pos, mask=None):
-        q, (k, v) = self.q(x), self.kv(context).chunk(2, -1)
-        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in (q, k, v))     # (B, H, T, D)
-        q, k = (rotate(norm(y), pos).to(v.dtype) for y, pos in ((q, x_pos), (k, context_pos)))
+    def heads(self, x):
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                        # (B, H, T, D)
+
+    def keys(self, context, pos):
+        k, v = map(self.heads, self.kv(context).chunk(2, -1))
+        return rotate(norm(k), pos).to(v.dtype), v
+
+    def forward(self, x, pos, k, v, mask=None):
+        q = rotate(norm(self.heads(self.q(x))), pos).to(v.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))                                    # (B, T, n_embd)
 
 
 class Block(nn.Module):
+    """x (B, n, n_embd) -> x, and what a later group reads of it: three fields of Past.blocks."""
+
     def __init__(self, cfg, cross):
         super().__init__()
         d = cfg.n_embd
@@ -90,24 +115,39 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * d, d, bias=False)
         self.offset = nn.Parameter(torch.zeros(6 * d))                    # this layer's own part of the modulation
 
-    def mix(self, x):
-        pad = F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2))
-        return sum(pad[:, i:i + x.size(1)] * self.local[i] for i in range(KERNEL))
+    def mix(self, x, near=None):
+        """A depthwise convolution of x (B, n + KERNEL - 1, n_embd), of those neighbours that are `near` (B, n, KERNEL)."""
+        n = x.size(1) - KERNEL + 1
+        taps = (x[:, i:i + n] * self.local[i] for i in range(KERNEL))
+        return sum(taps if near is None else (tap * near[..., i:i + 1] for i, tap in enumerate(taps)))
 
-    def forward(self, x, noise, pos, context, context_pos, mask):
+    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, start=0):
         scale1, shift1, gate1, scale2, shift2, gate2 = (noise + self.offset).chunk(6, -1)
-        x = x + self.mix(norm(x))
+        local = norm(x)
+        x = x + self.mix(pad(local), near[-1])
+        if past is not None:
+            x = x + self.mix(pad(past[0])[:, start:start + x.size(1) + KERNEL - 1], near[0])
         y = norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.attn(y, y, pos, pos)
+        k, v = own = self.attn.keys(y, pos)
+        if past is not None:
+            k, v = (torch.cat(both, 2) for both in zip(past[1:], own, strict=True))
+        x = x + gate1 * self.attn(y, pos, k, v, attend)
         if self.cross is not None:
-            x = x + self.cross_gate * self.cross(norm(x), context, pos, context_pos, mask)
+            x = x + self.cross_gate * self.cross(norm(x), pos, *self.cross.keys(context, context_pos), mask)
         y = norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(y)))
+        return x + gate2 * self.down(F.gelu(self.up(y))), (local, *own)
+
+
+def pad(x):
+    return F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2))
 
 
 class SunFish(nn.Module):
-    """x_t (B, T, C), log_snr (B, T), x_prev (B, T, C) and a prompt (B, P) of token ids, visible where prompt_mask (B, P),
-    -> logits (B, T, V) in float32, or eps_hat (B, T, C) for objective eps. V is vocab_size padded to a multiple of 64.
+    """x_t (B, n, C), log_snr (B, n), x_prev (B, n, C) and a prompt (B, P) of token ids, visible where prompt_mask (B, P),
+    -> logits (B, n, V) in float32, or eps_hat (B, n, C) for objective eps. V is vocab_size padded to a multiple of 64.
+
+    Tokens may be written in turns: each then reads the noisy tokens of its own turn, and the clean ones of earlier turns in
+    `past`, which `remember` makes. Without it all are written together, in full attention.
 
     log_unigram (vocab_size,) holds the log frequencies of the training text; the default is uniform.
     """
@@ -171,41 +211,58 @@ class SunFish(nn.Module):
         """log unigram + log p(x_t | token) up to a constant: (B, T, V)."""
         return (self.precision(log_snr)[..., None] * x_t) @ E.T + self.log_unigram
 
-    def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None):
+    def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None, past=None):
         E = self.embedding()
-        h = self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, E)
+        h = self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, past, E)
         return h if self.cfg.objective == "eps" else self.scores(h, E)
 
-    def hidden(self, x_t, log_snr, x_prev, prompt, prompt_mask, E):
-        """What the scores are read from, or eps_hat for objective eps: (B, T, C) in float32, given E = embedding()."""
-        if self.cfg.objective == "eps":
-            return self.trunk(x_t, log_snr, x_prev, E, prompt, prompt_mask).float()
-        with torch.no_grad():
-            signal = self.precision(log_snr)[..., None] * x_t
-            mean = in_chunks(lambda x: (x @ E.T + self.log_unigram).softmax(-1) @ E, len(E), signal)
-        h = self.trunk(mean, log_snr, x_prev, E, prompt, prompt_mask)
-        return h.float() / math.sqrt(self.cfg.token_dim) + signal
+    def hidden(self, x_t, log_snr, x_prev, prompt, prompt_mask, past, E):
+        """What the scores are read from, or eps_hat for objective eps: (B, n, C) in float32, given E = embedding()."""
+        mean = x_t
+        if self.cfg.objective != "eps":
+            with torch.no_grad():
+                signal = self.precision(log_snr)[..., None] * x_t
+                mean = in_chunks(lambda x: (x @ E.T + self.log_unigram).softmax(-1) @ E, len(E), signal)
+        x = self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0]
+        h = self.write(norm(x)).float()
+        return h if self.cfg.objective == "eps" else h / math.sqrt(self.cfg.token_dim) + signal
+
+    def remember(self, idx, group, prompt=None, prompt_mask=None, E=None, start=0, end=None):
+        """Tokens idx (B, T), written in the turns group (B, T), as the Past of the noisy tokens start .. end."""
+        E, end = self.embedding() if E is None else E, end or idx.size(1)
+        x_0 = E[idx]
+        sight = visible(group, 0, idx.size(1), torch.le)
+        level = torch.full(idx.shape, math.inf, device=idx.device)
+        _, blocks = self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, sight=sight)
+        (attend, near), (attend_own, near_own) = (visible(group, start, end, relation) for relation in (torch.lt, torch.eq))
+        return Past(blocks, torch.cat((attend, attend_own[..., start:end]), -1), (near, near_own), start)
 
     def scores(self, h, E):
         """hidden (..., C) -> logits (..., V) in float32."""
         with torch.autocast(h.device.type, enabled=False):
             return h @ E.T + (self.log_unigram + self.bias)
 
-    def trunk(self, mean, log_snr, x_prev, E, prompt, prompt_mask):
-        B, T, _ = mean.shape
-        x = self.read(torch.cat((mean, x_prev), -1)).float()             # (B, T, n_embd)
+    def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None)):
+        """The last block's output (B, n, n_embd), and what each block leaves to a Past."""
+        B, n, _ = mean.shape
+        x = self.read(torch.cat((mean, x_prev), -1)).float()             # (B, n, n_embd)
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
         angle = self.level(log_snr)[..., None] / 10 * freq
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
-        pos = torch.arange(T, device=x.device)
-        context, context_pos, mask = self.null.expand(B, 1, -1), pos[:1], None
+        start = past.start if past else 0
+        pos = torch.arange(start, start + n, device=x.device)
+        context, context_pos, mask = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1]), None
         if prompt is not None:
             context = torch.cat((context, self.prompt_in(E[prompt])), 1)
             context_pos = torch.cat((context_pos, torch.arange(-prompt.size(1), 0, device=x.device)))
             mask = F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
-        for block in self.blocks:
-            x = block(x, noise, pos, context, context_pos, mask)
-        return self.write(norm(x))
+        attend, *near = (past.attend, *past.near) if past else sight
+        left = []
+        for i, block in enumerate(self.blocks):
+            before = past.blocks[i] if past else None
+            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, start)
+            left.append(own)
+        return x, left
 
 
 def choose_device(name):
@@ -273,13 +330,15 @@ class Peak(TorchDispatchMode):
         self.most, self.largest = max(self.most, self.now), max(self.largest, size)
 
 
-def flops_per_token(model, self_conditioning):
-    """FLOPs of training on one token: 6 for each weight of trunk and head, 2 more in the share with a first guess,
-    attention as 2 T n_embd more weights a layer, and the posterior mean as 4 for each weight of the table and pass."""
+def flops_per_token(model, self_conditioning, in_turns):
+    """FLOPs of training on one token: 6 for each weight of trunk and head, 2 more in the share with a first guess, 6 for
+    the trunk on the clean token, attention as 2 T n_embd more weights a layer, and the posterior mean as 4 for each weight
+    of the table and pass."""
     cfg, table = model.cfg, model.table.numel()
     trunk = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim == 2)
     attention = 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
-    return (6 + 2 * self_conditioning) * (trunk + attention + table) + (1 + self_conditioning) * 4 * table
+    clean = 6 * (trunk + attention) * in_turns
+    return clean + (6 + 2 * self_conditioning) * (trunk + attention * (1 + in_turns) + table) + (1 + self_conditioning) * 4 * table
 
 
 def keep_memory():

@@ -7,7 +7,7 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configurator import fail, load
 
@@ -19,9 +19,10 @@ class Config:
     prompt: str = ""                 # text that the samples continue; @FILE one a line, - stdin, empty is none
     text: str = ""                   # infill: text with [MASK] (4 tokens) or [MASK:n] (n tokens)
     num_samples: int = 1             # samples of each prompt or text
-    seq_len: int = 0                 # tokens in a sample; 0 is the block_size that the network was trained at
+    seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
     sampler: str = "ddim"            # ddim, or ddpm (eta=1)
-    steps: int = 0                   # denoising steps; 0 is 64 for ddim and all timesteps for ddpm
+    steps: int = 0                   # denoising steps for the whole text; 0 is 64 for ddim and all timesteps for ddpm
+    span_size: int = -1              # tokens written together, from left to right; 0 is all at once, -1 as the network's
     eta: float = 1.0                 # ddim: fresh noise at each step, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.9         # of the scores; below 1 is safer and duller
     guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
@@ -44,6 +45,8 @@ class Config:
             raise ValueError(f"eta={self.eta} is not between 0 (deterministic) and 1 (ddpm)")
         if self.steps < 0 or self.seq_len < 0:
             raise ValueError(f"steps={self.steps} and seq_len={self.seq_len} must not be negative; 0 is the default")
+        if self.span_size < -1:
+            raise ValueError(f"span_size={self.span_size} is not a number of tokens; 0 is all at once, -1 the network's own")
         if self.mode == "infill" and self.prompt:
             raise ValueError("mode=infill takes --text, not --prompt; put the prompt into the text")
         if self.mode == "generate" and self.text:
@@ -63,7 +66,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import choose_device, find_checkpoint, keep_memory, load_model
+from model import LATER, choose_device, find_checkpoint, keep_memory, load_model
 from prepare_fineweb import get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -104,20 +107,23 @@ def read_blanks(text, encode):
 
 
 def make_canvas(cfg, model_cfg, prompt, encode):
-    """What to fill: token ids (T,), which are given (T,), and the prompt's ids (P,)."""
+    """What to fill: token ids (T,), which are given (T,), and the ids (P,) before it that cross-attention sees."""
     if cfg.mode == "infill":
         idx, known = read_blanks(cfg.text, encode)
         if cfg.seq_len:
             fail(f"seq_len={cfg.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
+        ids = []
     else:
-        idx = torch.zeros(cfg.seq_len or model_cfg.block_size, dtype=torch.int64)
-        known = torch.zeros_like(idx, dtype=torch.bool)
+        ids = encode(prompt) if prompt.strip() else []
+        n = min(len(ids), model_cfg.block_size // 2, max(0, model_cfg.block_size - cfg.seq_len))
+        ids, given = ids[:len(ids) - n], ids[len(ids) - n:]
+        idx = torch.tensor(given + [0] * (cfg.seq_len or model_cfg.block_size - n))
+        known = torch.arange(len(idx)) < n
     if len(idx) > model_cfg.block_size:
         fail(f"{len(idx)} tokens are more than the {model_cfg.block_size} that this network was trained at (block_size)")
-    ids = encode(prompt) if prompt.strip() else []
     if len(ids) > model_cfg.prompt_size:
-        fail(f"the prompt has {len(ids)} tokens, more than the {model_cfg.prompt_size} that this network reads "
-             f"(prompt_size); shorten it: {prompt[:40]!r}...")
+        fail(f"the prompt has {len(ids) + int(known.sum())} tokens, more than the {model_cfg.prompt_size + int(known.sum())} that "
+             f"this network reads (prompt_size and half of block_size); shorten it: {prompt[:40]!r}...")
     return idx, known, torch.tensor(ids, dtype=torch.int64)
 
 
@@ -125,28 +131,43 @@ def progress(cfg, encoding, steps):
     """A watch for `diffusion.generate` that redraws the first sample in the terminal at each step, if asked."""
     calls = []
 
-    def watch(t, x_0_hat, logits):
+    def watch(t, tokens):
         calls.append(t)
         if cfg.show and (sys.stderr.isatty() or len(calls) == steps):
-            text = " ".join(encoding.decode(logits[0].argmax(-1).tolist()).split())
+            text = " ".join(encoding.decode(tokens[0].tolist()).split())
             clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
             say(f"{clear}step {len(calls)}/{steps}, noise index {t}\n{text}")
     return watch, calls
 
 
 @torch.no_grad()
-def sample(model, cfg, canvas, numbers, watch, steps):
-    """Samples with these numbers, whose noise depends on (seed, number) alone: token ids (B, T)."""
+def sample(model, cfg, canvas, numbers, watch=None):
+    """Samples with these numbers, whose noise depends on (seed, number) alone: token ids (B, T), what is given included.
+
+    Guidance is away from what the network would write without the prompt: not the text before the canvas, and not what is
+    given at its beginning.
+    """
     device, B = model.table.device, len(numbers)
-    idx, known, prompt = (part.to(device).expand(B, -1) for part in canvas)
+    idx, known, prompt = (part.to(device) for part in canvas)
+    idx, prompt = idx.expand(B, -1), prompt.expand(B, -1)
+    mask = torch.ones_like(prompt, dtype=torch.bool)
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
-    network = model
-    if prompt.size(1):
-        prompted = partial(model, prompt=prompt, prompt_mask=torch.ones_like(prompt, dtype=torch.bool))
-        network = diffusion.guided(prompted, model, cfg.guidance_scale)
+    begun = known.cummin(0).values & ~known.all()                           # given, with nothing to write before it
+    guides = cfg.mode == "generate" and cfg.guidance_scale != 1 and (prompt.size(1) > 0 or bool(begun.any()))
+
+    def network_for(tokens, group, start, end):
+        def reading(group, **prompted):
+            seen = group.expand(B, -1)
+            past = model.remember(tokens, seen, start=start, end=end, **prompted) if group.unique().numel() > 1 else None
+            return partial(model, past=past, **prompted)
+        prompted = reading(group, prompt=prompt, prompt_mask=mask)
+        null = reading(torch.where(begun, LATER, group)) if guides else prompted
+        return diffusion.guided(prompted, null, cfg.guidance_scale if guides else 1)
+    size = min(model.cfg.span_size, len(known)) if cfg.span_size < 0 else cfg.span_size
+    group = diffusion.spans(len(known), size).to(device)
     read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
-    return diffusion.generate(network, read, table, alpha_bar, idx, known, steps, cfg.eta, rng, watch)
+    return diffusion.generate(network_for, read, table, alpha_bar, idx, known, group, cfg.steps, cfg.eta, rng, watch)
 
 
 def main(cfg):
@@ -165,11 +186,13 @@ def main(cfg):
     steps = cfg.steps or (model.cfg.timesteps if cfg.sampler == "ddpm" else min(64, model.cfg.timesteps))
     if steps > model.cfg.timesteps:
         fail(f"steps={steps} is more than the {model.cfg.timesteps} timesteps of this checkpoint")
+    cfg = replace(cfg, steps=steps, span_size=model.cfg.span_size if cfg.span_size < 0 else cfg.span_size)
+    together = f"{cfg.span_size} tokens at a time" if cfg.span_size else "all tokens at once"
     say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
-        f"{device}")
+        f"{together}, {device}")
     prompts = read_prompts(cfg.prompt)
     canvases = [make_canvas(cfg, model.cfg, prompt, encoding.encode_ordinary) for prompt in prompts]
-    if not all(len(prompt) for _, _, prompt in canvases):
+    if not all(prompt.strip() for prompt in prompts):
         if cfg.mode == "generate":
             say("no prompt: the samples are unconditional")
         if cfg.guidance_scale != Config.guidance_scale:
@@ -179,11 +202,15 @@ def main(cfg):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch, seen = progress(cfg, encoding, steps)
-            made = sample(model, cfg, canvas, numbers, watch, steps)
-            guided = len(canvas[2]) and cfg.guidance_scale != 1
+            try:
+                made = sample(model, cfg, canvas, numbers, watch)
+            except ValueError as error:
+                fail(f"{error}; use more --steps, or a larger --span_size")
+            guided = prompt.strip() and cfg.guidance_scale != 1
             tokens, calls = tokens + made.numel(), calls + len(seen) * (2 if guided else 1)
+            given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
             for number, ids in zip(numbers, made.tolist(), strict=True):
-                write(cfg, prompt, number, encoding.decode(ids))
+                write(cfg, prompt, number, encoding.decode(ids[given:]))
     seconds = time.perf_counter() - started
     say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
 

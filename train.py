@@ -32,8 +32,8 @@ class Config(ModelConfig):
     grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
     ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
     # what is noised
-    p_independent: float = 0.33          # share of sequences in which every token has a noise level of its own
-    p_given: float = 0.33                # share in which a prefix, spans or single tokens are given
+    p_given: float = 0.25                # share of sequences in which a prefix, spans or single tokens are given
+    p_whole: float = 0.25                # share that is denoised as a whole, not span by span
     self_conditioning: float = 0.5       # share that sees a first guess of x_0; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
@@ -61,14 +61,13 @@ class Config(ModelConfig):
         for names, low, high in (
                 ("batch_size batch_tokens max_steps log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
-                ("p_independent p_given self_conditioning conditioning_dropout ema_decay", 0, 1),
+                ("p_given p_whole self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate", 1e-12, 1e3)):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
                     raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {low:g} to {high:g}")
-        if self.p_independent + self.p_given > 1:
-            raise ValueError(f"p_independent={self.p_independent} and p_given={self.p_given} add up to more than 1; "
-                             "lower one of them")
+        if self.p_given + self.p_whole > 1:
+            raise ValueError(f"p_given={self.p_given} and p_whole={self.p_whole} add up to more than 1; lower one of them")
         for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false"), ("parallel", "auto ddp fsdp")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {known}")
@@ -80,6 +79,11 @@ class Config(ModelConfig):
             others = f", or {', '.join(map(str, fits))} processes" if fits and world_size() > 1 else ""
             raise ValueError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try "
                              f"{max(1, round(self.batch_tokens / batch)) * batch:,}{others}")
+
+    @property
+    def in_turns(self):
+        """Whether any token is read clean by others that are written later."""
+        return bool(self.span_size and self.p_whole < 1 or self.p_given)
 
     @property
     def samples(self):
@@ -136,6 +140,7 @@ from diffusion import generator, mix
 from model import (SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory,
                    peak_flops, peak_gb, write_checkpoint)
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
+from sample import Config as SampleConfig, sample
 
 LIBRARIES = 70e6            # bytes that torch's CPU kernels and optimizer add to a process in its first step
 DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
@@ -205,11 +210,11 @@ def open_data(cfg):
 
 class Batch(NamedTuple):
     idx: torch.Tensor              # (B, T) int64 tokens
-    t: torch.Tensor                # (B, T) int64 diffusion index of each, 0 where it is given
+    group: torch.Tensor            # (B, T) int64 turn in which each is written, after those of smaller ones
+    t: torch.Tensor                # (B, T) int64 diffusion index of each, one for the tokens of a turn
     eps: torch.Tensor              # (B, T, C) noise
     prompt: torch.Tensor           # (B, P) int64 tokens before the window, at the right end
     prompt_mask: torch.Tensor      # (B, P) True where the network may see them
-    common: torch.Tensor           # (B,) True where all tokens share one noise level: these fit the schedule
     guesses: int                   # the first so many sequences get a first guess of x_0 (self-conditioning)
 
 
@@ -229,33 +234,38 @@ def choose_given(T, rng):
     return given
 
 
-def noise_levels(cfg, step, i, rng):
-    """The diffusion index of each token of sample i: (T,) int64, 0 where given; and whether all share one level.
+def choose_turns(cfg, rng):
+    """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of a power
+    of two tokens up to span_size; or in such spans between tokens that are given."""
+    T, kind = cfg.block_size, torch.rand((), generator=rng).item()
+    sizes = cfg.span_size.bit_length()
+    span = min(cfg.span_size, 2 ** int(torch.randint(sizes, (), generator=rng))) if sizes else T
+    if kind < cfg.p_given:
+        return torch.where(choose_given(T, rng), 0, 1 + diffusion.spans(T, span))
+    return diffusion.spans(T, T if kind < cfg.p_given + cfg.p_whole else span)
 
-    The common level is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order.
+
+def noise_levels(cfg, step, i, group):
+    """The diffusion index of each token of sample i, written in the turns group (T,): (T,) int64.
+
+    The level of turn 0 is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order.
     """
-    T, n = cfg.block_size, cfg.samples
-    common = (permute(i, n, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / n
-    kind, own = torch.rand((), generator=rng).item(), torch.rand(T, generator=rng, dtype=torch.float64)
-    u = own if kind < cfg.p_independent else torch.full((T,), common, dtype=torch.float64)
-    t = 1 + (u * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
-    if cfg.p_independent <= kind < cfg.p_independent + cfg.p_given:
-        t = torch.where(choose_given(T, rng), 0, t)
-    return t, kind >= cfg.p_independent + cfg.p_given
+    u = (permute(i, cfg.samples, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / cfg.samples
+    return 1 + (diffusion.by_turn(u, group) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
 
 
 def make_sample(cfg, windows, step, i, device):
-    """Sample i of an optimizer step: idx, t, eps, prompt, prompt_mask and common of a Batch, without the leading B."""
+    """Sample i of an optimizer step: the tensors of a Batch, without the leading B."""
     T, P = cfg.block_size, cfg.prompt_size
     epoch, place = divmod(step * cfg.samples + i, len(windows))
     idx, before = windows[permute(place, len(windows), mix(cfg.seed, epoch))]
     rng = generator("cpu", cfg.seed, step, i)
-    t, common = noise_levels(cfg, step, i, rng)
+    group = choose_turns(cfg, rng)
     drop, share = torch.rand(2, generator=rng).tolist()
     visible = 0 if drop < cfg.conditioning_dropout else min(len(before), 1 + int(share * P))
     prompt = F.pad(before, (P - len(before), 0))
     eps = torch.randn(T, cfg.token_dim, generator=generator(device, cfg.seed, step, i, "eps"), device=device)
-    return idx, t, eps, prompt, torch.arange(P) >= P - visible, torch.tensor(common)
+    return idx, group, noise_levels(cfg, step, i, group.double()), eps, prompt, torch.arange(P) >= P - visible
 
 
 def make_batch(cfg, windows, step, samples, device):
@@ -269,7 +279,7 @@ def make_batch(cfg, windows, step, samples, device):
 # ---- the loss ----
 
 class DenoisingLoss(nn.Module):
-    """Batch -> loss of every noised token (B, T), 0 for a given one, and distance of every sequence from the schedule (B,).
+    """Batch -> loss of every token and its distance from the schedule: two of (B, T).
 
     One module around all that touches the weights, so that compilation and distribution wrap a single call.
     """
@@ -285,29 +295,27 @@ class DenoisingLoss(nn.Module):
         alpha_bar = diffusion.make_schedule(cfg, net.schedule.detach())
         x_t = diffusion.add_noise(x_0, batch.t, alpha_bar, batch.eps)
         log_snr = diffusion.log_snr(batch.t, alpha_bar)                                   # (B, T)
-        x_prev = self.first_guess(x_t, log_snr, batch, table)
-        hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, table)
+        past = net.remember(batch.idx, batch.group, batch.prompt, batch.prompt_mask, table) if cfg.in_turns else None
+        x_prev = self.first_guess(x_t, log_snr, batch, past, table)
+        hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
         if cfg.objective == "eps":
             loss = diffusion.eps_loss(hidden, batch.eps)
         else:
             loss = in_chunks(lambda h, idx: diffusion.ce_loss(net.scores(h, table), idx), len(table), hidden, batch.idx)
-        noised = torch.where(batch.t > 0, loss, 0)
         if cfg.objective == "eps" or cfg.schedule != "gumbel":
-            return noised, torch.zeros_like(loss[:, 0])
+            return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
-        level = torch.where(batch.common, log_snr[:, 0], 0)        # a given token's is infinite
-        fit = diffusion.schedule_loss(loss.detach().mean(1), level, mu, log_beta.exp(), log_height.exp(),
-                                      math.sqrt(cfg.token_dim))
-        return noised, torch.where(batch.common, fit, 0)
+        return loss, diffusion.schedule_loss(loss.detach(), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
 
     @torch.no_grad()
-    def first_guess(self, x_t, log_snr, batch, table):
+    def first_guess(self, x_t, log_snr, batch, past, table):
         """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others; with objective eps for
         all, as in the origin design, whose guess of x_0 grows without limit at high noise."""
         x_prev, n = torch.zeros_like(x_t), max(batch.guesses, self.lockstep)
         if not n or not self.cfg.self_conditioning or self.cfg.objective == "eps":
             return x_prev
-        hidden = self.net.hidden(x_t[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], table)
+        past = tree_map(lambda x: x[:n] if isinstance(x, torch.Tensor) else x, past)
+        hidden = self.net.hidden(x_t[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
         read = diffusion.read_logits(table)
         guess = in_chunks(lambda h: read(self.net.scores(h, table), None, None)[0], len(table), hidden)
         x_prev[:batch.guesses] = guess[:batch.guesses]
@@ -357,42 +365,39 @@ def eval_windows(windows, n):
 
 
 @torch.no_grad()
-def measure(model, idx, batch_size, bands=8, curve=32):
-    """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict."""
+def measure(model, idx, batch_size, group=None, bands=8, curve=32):
+    """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict.
+
+    group (T,) is the turn in which each token is written; the default is that of the network's span_size.
+    """
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
+    group = (diffusion.spans(idx.size(1), model.cfg.span_size) if group is None else group).to(idx.device)
     batch_size = max(1, min(batch_size, SCORES // (idx.size(1) * len(table))))
-    predict = diffusion.two_pass(model, diffusion.make_read(model.cfg, table, model.vocab_size))
-    free = partial(model.likelihood, E=table)
+    read, free = diffusion.make_read(model.cfg, table, model.vocab_size), partial(model.likelihood, E=table)
+
+    def predict_for(part):
+        past = model.remember(part, group.expand(part.shape)) if group.any() else None
+        return diffusion.two_pass(partial(model, past=past), read)
     some = idx[::-(-len(idx) // curve)]
-    return {**diffusion.estimate_bound(predict, table, idx, alpha_bar, batch_size),
-            "ce_by_noise": diffusion.ce_by_noise(predict, free, table, some, alpha_bar, batch_size, bands)}
+    return {**diffusion.estimate_bound(predict_for, table, idx, group, alpha_bar, batch_size),
+            "ce_by_noise": diffusion.ce_by_noise(predict_for, free, table, some, alpha_bar, batch_size, bands)}
 
 
-@torch.no_grad()
 def show_text(model, cfg, encoding, window):
     """A free sample, one prompted by the tokens before a validation window, and that window with a hole: (name, text)s."""
-    idx, before = (part.to(model.table.device) for part in window)
+    idx, before = window
     T = min(cfg.block_size, 64)
-    idx, prompt = idx[:T].expand(3, T), before[-cfg.prompt_size:].expand(3, -1)
-    known = torch.zeros(3, T, dtype=torch.bool, device=idx.device)
-    known[2] = True
-    known[2, T // 2:T // 2 + T // 8] = False
-    mask = torch.zeros(prompt.shape, dtype=torch.bool, device=idx.device)
-    mask[1] = True
-    prompted = partial(model, prompt=prompt, prompt_mask=mask)
-    rng = [generator(idx.device, "text", i) for i in range(3)]
-    table, alpha_bar = model.embedding(), diffusion.make_schedule(cfg, model.schedule)
-    read = diffusion.make_read(cfg, table, model.vocab_size, temperature=0.9)
-    network = diffusion.guided(prompted, model, cfg.guidance_scale)
-    tokens = diffusion.generate(network, read, table, alpha_bar, idx, known, steps=min(32, cfg.timesteps), rng=rng)
+    hole = torch.arange(T) - T // 2
+    hole = (hole >= 0) & (hole < T // 8)
+    nothing, settings = torch.zeros_like(hole), SampleConfig(steps=min(64, cfg.timesteps), guidance_scale=cfg.guidance_scale)
+    canvases = (idx[:T], nothing, before[:0]), (idx[:T], nothing, before[-cfg.prompt_size:]), (idx[:T], ~hole, before[:0])
+    free, prompted, filled = (sample(model, settings, canvas, [i])[0].cpu() for i, canvas in enumerate(canvases))
 
     def decode(ids):
         return " ".join(encoding.decode(ids.tolist()).split())
-    hole = ~known[2]
-    return [("sample", decode(tokens[0])),
-            ("prompt", f"{decode(prompt[1])} >>> {decode(tokens[1])}"),
-            ("infill", f"{decode(idx[2, :T // 2])} [{decode(tokens[2][hole])}] {decode(idx[2, T // 2 + T // 8:])}"
-                       f" (truth: [{decode(idx[2][hole])}])")]
+    return [("sample", decode(free)), ("prompt", f"{decode(before[-cfg.prompt_size:])} >>> {decode(prompted)}"),
+            ("infill", f"{decode(idx[:T // 2])} [{decode(filled[hole])}] {decode(idx[T // 2 + T // 8:T])}"
+                       f" (truth: [{decode(idx[:T][hole])}])")]
 
 
 def evaluate(model, cfg, windows, encoding):
@@ -496,8 +501,7 @@ def estimate_memory(cfg, vocab_size, device, dtype):
     with FakeTensorMode(), torch.device(device), Peak(device) as peak:
         net, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size)
         model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
-        shapes = ((B, T), torch.int64), ((B, T), torch.int64), ((B, T, cfg.token_dim), None), ((B, P), torch.int64), \
-            ((B, P), torch.bool), ((B,), torch.bool)
+        shapes = *[((B, T), torch.int64)] * 3, ((B, T, cfg.token_dim), None), ((B, P), torch.int64), ((B, P), torch.bool)
         accumulates = cfg.samples > cfg.sequences * world_size()
         for last in (True, False, True) if accumulates else (True, True):
             batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), B // 2)
@@ -698,9 +702,9 @@ def micro_batches(cfg, i, n):
 
 
 def train_step(model, cfg, windows, step, device, autocast):
-    """Gradients of one optimizer step over all processes; returns the mean loss of the noised tokens and the seconds
-    that this process waited for data."""
-    total, waited, batches = torch.zeros(2, device=device), 0.0, micro_batches(cfg, rank(), world_size())
+    """Gradients of one optimizer step over all processes; returns the mean loss of a token and the seconds that this
+    process waited for data."""
+    total, waited, batches = torch.zeros(1, device=device), 0.0, micro_batches(cfg, rank(), world_size())
     for samples in batches:
         clock = time.perf_counter()
         batch = make_batch(cfg, windows, step, samples, device)
@@ -709,11 +713,11 @@ def train_step(model, cfg, windows, step, device, autocast):
         with unsynced():
             with autocast():
                 loss, fit = model(batch)
-            mean = loss.sum() / cfg.batch_tokens + fit.sum() / cfg.samples
+            mean = (loss + fit).sum() / cfg.batch_tokens
             (mean * world_size()).backward()                        # gradients are averaged over the processes
-        total += torch.stack((loss.detach().sum(), (batch.t > 0).sum()))
-    loss, noised = reduce(total, device, dist.ReduceOp.SUM)
-    return loss / noised, waited
+        total += loss.detach().sum()
+    loss, = reduce(total, device, dist.ReduceOp.SUM)
+    return loss / cfg.batch_tokens, waited
 
 
 def watch_spikes(seen, loss):
@@ -796,7 +800,7 @@ def main(cfg):
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning)
+    peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning, cfg.in_turns)
     stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
     for step in range(start, cfg.max_steps):
         clock = time.perf_counter()

@@ -1,33 +1,93 @@
 """The yardsticks: the causal twin sees the past only, and the bound of a checkpoint is printed and written."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, SIZE, call
 
 import configurator
 
 sys.path.insert(0, str(ROOT / "bench"))
 
-import causal           # noqa: E402
+import diffusion        # noqa: E402
 import prepare          # noqa: E402
+import train            # noqa: E402
+import twins            # noqa: E402
 
 
-def test_the_causal_twin_sees_the_past_only_and_starts_as_a_unigram_model():
-    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=12, prompt_size=6)
+CFG = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=12, prompt_size=6)
+
+
+def make_twin(kind):
     torch.manual_seed(0)
     log_p = torch.randn(50).log_softmax(0)
-    twin = causal.Twin(cfg, 50, log_p)
+    return twins.Twin(CFG, 50, log_p, kind), log_p
+
+
+def test_the_autoregressive_twin_sees_the_past_only_and_starts_as_a_unigram_model():
+    twin, log_p = make_twin("autoregressive")
     idx = torch.randint(50, (2, 12))
-    assert torch.allclose(twin(idx), -log_p[idx], atol=1e-5)
+    assert torch.allclose(twin.nll(idx), -log_p[idx], atol=1e-5)
     torch.nn.init.normal_(twin.net.write.weight)
-    twin(idx).mean().backward()
+    twin(idx, *twin.hide(idx.shape)).mean().backward()
     assert all(p.grad.norm() < 1e3 for p in twin.parameters() if p.grad is not None)
     other = idx.clone()
     other[:, 7] = (idx[:, 7] + 1) % 50
-    change = (twin(idx) - twin(other)).abs()
+    change = (twin.nll(idx) - twin.nll(other)).abs()
     assert change[:, :7].max() == 0 and (change[:, 8:] > 0).any(1).all()
+    assert torch.equal(twin.nll(idx), diffusion.ce_loss(twin.predict(idx, torch.zeros_like(idx).bool()), idx))
+
+
+def test_the_masked_twin_sees_what_is_not_hidden():
+    twin, _ = make_twin("masked")
+    torch.nn.init.normal_(twin.net.write.weight)
+    idx, blank = torch.randint(50, (2, 12)), torch.zeros(2, 12, dtype=torch.bool)
+    blank[:, 3:6] = True
+    for i in range(12):
+        other = idx.clone()
+        other[:, i] = (idx[:, i] + 1) % 50
+        change = (twin.predict(idx, blank) - twin.predict(other, blank)).abs().max()
+        assert (change > 1e-4) == (not blank[0, i]), i
+
+
+def test_the_bound_of_the_masked_twin_on_independent_tokens_is_their_entropy():
+    twin, log_p = make_twin("masked")
+    rng = torch.Generator().manual_seed(5)
+    idx = torch.multinomial(log_p.exp(), 4000 * 12, replacement=True, generator=rng).view(4000, 12)
+    bound, error = twins.evaluate(twin, idx, SimpleNamespace(batch_size=500))
+    assert error < 0.03 and abs(bound + log_p[idx].mean()) < 4 * error
+    blank, weight = twin.hide((6000, 12), rng)
+    assert (torch.bincount(blank.sum(1), minlength=13)[1:] / 500 - 1).abs().max() < 0.01
+    assert torch.allclose(weight[blank], (12 / blank.sum(1, keepdim=True)).expand(-1, 12)[blank])
+
+
+def test_the_twins_draw_from_what_they_say():
+    """Untrained they say the unigram distribution, of each token; the masked one has all written at its last step."""
+    for kind, steps in (("autoregressive", 0), ("masked", 3), ("masked", 40)):
+        twin, log_p = make_twin(kind)
+        with torch.no_grad():
+            text = twin.sample(3000, 12, steps, rng=torch.Generator().manual_seed(1))
+            sharp = twin.sample(20, 12, steps, temperature=0.01, rng=torch.Generator().manual_seed(1))
+        assert (torch.bincount(text.flatten(), minlength=50) / text.numel() - log_p.exp()).abs().max() < 0.01, kind
+        assert (sharp == log_p.argmax()).all()
+
+
+@pytest.mark.parametrize("kind", twins.KINDS)
+def test_a_twin_is_trained_saved_and_loaded(kind, shards, tmp_path):
+    args = ["twins.py", *SIZE, f"--kind={kind}", "--max_steps=60", "--learning_rate=1e-2", "--eval_interval=30", "--eval_sequences=64",
+            f"--dataset={shards}", f"--out_dir={tmp_path / 'twin'}"]
+    call(args)
+    rows = [json.loads(line) for line in open(tmp_path / "twin" / "log.jsonl")]
+    assert [row["step"] for row in rows] == [30, 60] and rows[1]["bound"] < rows[0]["bound"] - 0.02
+    twin, content = twins.load_twin(tmp_path / "twin")
+    windows = train.open_data(configurator.load(train.Config, [*SIZE, f"--dataset={shards}"]))[2]
+    assert twins.evaluate(twin, train.eval_windows(windows, 64), SimpleNamespace(batch_size=4))[0] == pytest.approx(rows[1]["bound"], abs=1e-4)
+    assert content["kind"] == kind and twin.features(windows[0][0][None]).shape == (1, 32)
+    assert "already holds a twin" in call(args, code=2).stderr
+    with pytest.raises(ValueError, match="holds no twin"):
+        twins.load_twin(tmp_path / "nowhere")
 
 
 def test_the_bound_of_a_checkpoint_on_a_text(shards, tmp_path):

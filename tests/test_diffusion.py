@@ -219,7 +219,7 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(name):
         return logits.softmax(-1) @ table, logits
     n = 40_000 if name == "linear" else 10_000
     idx = torch.multinomial(log_p.exp(), n * 8, replacement=True).view(n, 8)
-    bound = d.likelihood_bound(exact, table, idx, alpha_bar, d.stratified(n, 1000))
+    bound = d.likelihood_bound(exact, table, idx, alpha_bar, d.stratified(n, 1000, torch.tensor([0, 0, 0, 1, 1, 2, 3, 4])))
     entropy, seen = -(log_p.exp() * log_p).sum(), -log_p[idx].mean()
     error = bound.total().std() / n ** 0.5
     assert abs(seen - entropy) < 0.02
@@ -227,5 +227,67 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(name):
     assert (bound.reconstruction.mean() < 0.05) and 0 < bound.prior.mean() < 0.05
 
 
-def test_stratified_covers_the_range_once():
-    assert sorted(d.stratified(999, 1000).tolist()) == list(range(2, 1001))
+def test_stratified_covers_the_range_once_for_every_turn():
+    t = d.stratified(999, 1000, torch.tensor([0, 3, 3, 8]))
+    assert (t.sort(0).values - torch.arange(2, 1001)[:, None]).abs().max() <= 1
+    assert torch.equal(t[:, 1], t[:, 2]) and (t[:, 0] != t[:, 1]).float().mean() > 0.99
+
+
+def chain(log_first, log_next, read_back):
+    """A network_for of the exact posterior of a Markov chain, written from left to right one token at a time; of a turn
+    it must be told nothing but the tokens before it, which read_back() checks."""
+    def network_for(tokens, group, start, end):
+        assert end == start + 1 and (group[:start] < group[start]).all()
+        read_back(tokens, start)
+        prior = log_next[tokens[:, start - 1]] if start else log_first.expand(len(tokens), -1)
+
+        def network(x_t, log_snr, x_prev):
+            a = torch.sigmoid(log_snr)[..., None]
+            return (a.sqrt() / (1 - a) * x_t) @ TABLE.T + prior[:, None]
+        return network
+    return network_for
+
+
+TABLE = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(3)), dim=-1) * 8 ** 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_turns_with_exact_posteriors_write_the_chain_they_come_from(steps):
+    """Pairs of neighbours come out as often as they should, at one step a token, where the softmax alone decides, and at many,
+    where the noise has decided before."""
+    torch.manual_seed(0)
+    log_first, log_next = torch.randn(6).log_softmax(-1), torch.randn(6, 6).mul(1.5).log_softmax(-1)
+    N, T, alpha_bar, seen = 20_000, 3, d.gumbel_schedule(1000, -1.9, 0.85, 8 ** 0.5), []
+    tokens = d.generate(chain(log_first, log_next, lambda tokens, start: seen.append(start)), d.read_logits(TABLE), TABLE, alpha_bar,
+                        torch.zeros(N, T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), d.spans(T, 1), steps=steps * T,
+                        eta=1.0, rng=d.generator("cpu", "test"))
+    want = log_first.exp()
+    for i in range(T):
+        got = torch.bincount(tokens[:, i], minlength=6) / N
+        assert (got - want).abs().max() < 0.015, (i, got, want)
+        want = want @ log_next.exp()
+    pairs = torch.zeros(6, 6).index_put_((tokens[:, 0], tokens[:, 1]), torch.ones(N), accumulate=True) / N
+    assert (pairs - log_first.exp()[:, None] * log_next.exp()).abs().max() < 0.015 and seen == [0, 1, 2]
+
+
+def test_generate_keeps_what_is_known_and_writes_the_rest_in_turns():
+    known, group = torch.tensor([True, False, False, True, False]), torch.tensor([0, 1, 1, 1, 0])
+    idx, turns, calls = torch.arange(5).expand(2, 5), [], []
+
+    def network_for(tokens, group, start, end):
+        turns.append((start, end, group.tolist(), tokens[0].tolist()))
+        return lambda x_t, log_snr, x_prev: torch.eye(6)[5].expand(*x_t.shape[:2], 6) * 100
+    out = d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=5,
+                     watch=lambda t, tokens: calls.append((t, tokens[0].tolist())))
+    assert out.tolist() == [[0, 5, 5, 3, 5]] * 2 and idx[0, 1] == 1
+    assert turns == [(4, 5, [-1, 1, 1, -1, 0], [0, 1, 2, 3, 4]), (1, 3, [-1, 1, 1, -1, 0], [0, 1, 2, 3, 5])]
+    assert len(calls) == 5 and calls[1][1] == [0, 1, 2, 3, 5]
+    with pytest.raises(ValueError, match="steps=1 is less than one for each of 2 turns"):
+        d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=1)
+
+
+def test_choose_draws_from_the_softmax_or_takes_the_best():
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(1, 50_000, 3)
+    share = torch.bincount(d.choose(logits, 1.0, d.generator("cpu", 1))[0], minlength=3) / 50_000
+    assert (share - torch.tensor([0.0, 1.0, 2.0]).softmax(0)).abs().max() < 0.01
+    assert (d.choose(logits) == 2).all()

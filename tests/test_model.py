@@ -60,19 +60,40 @@ def test_rows_have_one_length_and_padding_is_never_sampled(small):
         assert (scores / 0.1).softmax(-1)[..., 50:].max() == 0 and (scores.argmax(-1) < 50).all()
 
 
-def test_a_given_token_is_read_by_the_others_and_known_at_once(small):
-    """At log_snr = infinity its own logits are certain, and changing it changes what the network says elsewhere."""
-    table = small.embedding()
-    level = torch.full((1, 12), -3.0)
-    level[0, 4] = math.inf
-    noise, zeros = torch.randn(1, 12, 16), torch.zeros(1, 12, 16)
-    outputs = []
-    for token in (3, 30):
-        x_t = noise.clone()
-        x_t[0, 4] = table[token]
-        outputs.append(small(x_t, level, zeros))
-        assert outputs[-1][0, 4].argmax() == token and outputs[-1][0, 4].softmax(-1).max() > 0.999
-    assert (outputs[0] - outputs[1])[0, 5].abs().max() > 1e-3
+def read_in_turns(small, idx, noisy, group, start=0, end=12):
+    """Logits of the noisy tokens start .. end in the turns group, beside the clean tokens idx."""
+    group = group.expand(len(idx), -1)
+    past = small.remember(idx, group, start=start, end=end)
+    part = noisy[:, start:end]
+    return small(part, torch.zeros(part.shape[:2]), torch.zeros_like(part), past=past)
+
+
+@pytest.mark.parametrize("group", [torch.arange(12), torch.arange(12) // 4, torch.tensor([0, 1, 1, 0, 0, 2, 2, 1, 0, 0, 3, 0])])
+def test_a_token_reads_earlier_turns_clean_and_its_own_noisy_and_nothing_else(small, group):
+    """Change one token, clean or noisy: exactly those outputs change that may know it, through attention and convolution."""
+    torch.manual_seed(1)
+    idx, noisy = torch.randint(50, (1, 12)), torch.randn(1, 12, 16)
+    before = read_in_turns(small, idx, noisy, group)
+    for i in range(12):
+        other, louder = idx.clone(), noisy.clone()
+        other[0, i] = (idx[0, i] + 7) % 50
+        louder[0, i] += 1
+        by_clean, by_noisy = ((read_in_turns(small, *new, group) - before).abs().amax((0, 2)) > 1e-6 for new in
+                              ((other, noisy), (idx, louder)))
+        assert torch.equal(by_clean, group > group[i]), i
+        assert torch.equal(by_noisy, group == group[i]), i
+
+
+def test_one_turn_is_full_attention_and_a_part_alone_says_what_it_says_in_the_whole(small):
+    torch.manual_seed(1)
+    idx, noisy = torch.randint(50, (2, 12)), torch.randn(2, 12, 16)
+    whole = small(noisy, torch.zeros(2, 12), torch.zeros_like(noisy))
+    assert torch.allclose(read_in_turns(small, idx, noisy, torch.zeros(12, dtype=torch.int64)), whole, atol=1e-4)
+    group = torch.arange(12) // 4
+    together = read_in_turns(small, idx, noisy, group)
+    for start in (0, 4, 8):
+        assert torch.allclose(read_in_turns(small, idx, noisy, group, start, start + 4), together[:, start:start + 4], atol=1e-4)
+    assert (together - whole).abs().max() > 1e-2
 
 
 def test_a_hidden_prompt_is_no_prompt_and_a_visible_one_matters(small):

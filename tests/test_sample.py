@@ -33,12 +33,32 @@ def test_same_seed_same_text_whatever_the_batch(checkpoint):
 
 
 def test_guidance_at_one_and_eta_zero(checkpoint):
-    """Scale 0 ignores the prompt, scale 1 calls the network once a step, and DDPM is DDIM at eta 1."""
-    assert texts(checkpoint, "--prompt=the sea", "--guidance_scale=0") == texts(checkpoint)
+    """Scale 1 calls the network once a step, and DDPM is DDIM at eta 1."""
     assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
     assert "12 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
     assert texts(checkpoint, "--sampler=ddpm") == texts(checkpoint, "--eta=1")
     assert texts(checkpoint, "--eta=0") == texts(checkpoint, "--eta=0") != texts(checkpoint, "--eta=1")
+
+
+@pytest.mark.parametrize("place", ["in the window", "before it"])
+def test_without_guidance_the_prompt_is_not_seen_at_all(small, place):
+    """At scale 0 only the branch that is blind to the prompt counts: any prompt of as many tokens gives the same text."""
+    known, made = torch.arange(12) < (4 if place == "in the window" else 0), {}
+    for scale in (0, 3):
+        for token in (3, 30):
+            idx, prompt = torch.full((12,), token), torch.full((0 if known.any() else 4,), token)
+            cfg = script.Config(guidance_scale=scale, steps=12, span_size=4)
+            made[scale, token] = script.sample(small, cfg, (idx, known, prompt), range(4))
+    assert torch.equal(made[0, 3][:, ~known], made[0, 30][:, ~known])
+    assert not torch.equal(made[3, 3][:, ~known], made[3, 30][:, ~known])
+    assert (made[3, 30][:, known] == 30).all()
+
+
+def test_text_is_written_in_turns_or_at_once(checkpoint):
+    def header(*args): return write(checkpoint, *args).stderr
+    assert "8 tokens at a time" in header() and "all tokens at once" in header("--span_size=0")
+    assert "12 tokens at a time" in header("--span_size=12")
+    assert "larger --span_size" in write(checkpoint, "--span_size=2", code=2).stderr
 
 
 def test_infill_returns_the_given_text_and_fills_the_rest(checkpoint):
@@ -78,7 +98,7 @@ def test_blanks_are_cut_out_before_encoding():
     (["--mode=infill", "--text=a [MASK:9999999999]"], "write [MASK:1]"),
     (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
     (["--mode=write"], "use generate or infill"),
-    (["--prompt", "dog " * 50], "more than the 8"),
+    (["--prompt", "dog " * 50], "more than the 20"),
     (["--seq_len=25"], "25 tokens are more than the 24"),
     (["--num_samples=0"], "num_samples=0 must be positive"),
     (["--steps=1001"], "more than the 1000"),

@@ -58,21 +58,30 @@ def test_a_batch_does_not_depend_on_how_it_is_cut(windows):
     assert rows([whole]) != rows([train.make_batch(cfg, windows, 6, range(8), "cpu")])
 
 
-def test_common_noise_levels_are_stratified_over_the_step(windows):
-    cfg = config("--p_independent=0", "--p_given=0")
-    t = train.make_batch(cfg, windows, 3, range(8), "cpu").t
-    assert (t == t[:, :1]).all()
-    assert sorted(((t[:, 0] - 1) * 8 // cfg.timesteps).tolist()) == list(range(8))
+def test_noise_levels_are_stratified_over_the_step_and_one_for_a_turn(windows):
+    batch = train.make_batch(config("--p_whole=1", "--p_given=0"), windows, 3, range(8), "cpu")
+    assert (batch.t == batch.t[:, :1]).all() and not batch.group.any()
+    assert sorted(((batch.t[:, 0] - 1) * 8 // 1000).tolist()) == list(range(8))
+    cfg = config("--p_whole=0", "--p_given=0.5")
+    batch = train.make_batch(cfg, windows, 3, range(8), "cpu")
+    for group, t in zip(batch.group, batch.t, strict=True):
+        assert t.min() >= 1 and all(len(t[group == turn].unique()) == 1 for turn in group.unique())
+    every = torch.cat([train.noise_levels(cfg, step, i, torch.arange(16.0)) for step in range(50) for i in range(8)])
+    assert (torch.bincount((every - 1) // 100, minlength=10) / len(every) - 0.1).abs().max() < 0.01
 
 
-def test_mixture_has_the_shares_that_were_asked_for(windows):
-    cfg, kinds = config("--p_independent=0.3", "--p_given=0.5"), [0, 0, 0]
-    for i in range(1000):
-        t, common = train.noise_levels(cfg, i // 8, i % 8, diffusion.generator("cpu", i))
-        assert (t > 0).any()
-        kinds[2 if common else 1 if len(set(t[t > 0].tolist())) == 1 else 0] += 1
-        assert not common or (t == t[0]).all() and t[0] > 0
-    assert all(abs(kind / 1000 - share) < 0.06 for kind, share in zip(kinds, (0.3, 0.5, 0.2), strict=True)), kinds
+def test_turns_have_the_shares_that_were_asked_for(windows):
+    """All at once; spans of 1, 2 or 4 from left to right; given tokens first, at any places, and then such spans."""
+    cfg, kinds = config("--p_whole=0.3", "--p_given=0.5", "--span_size=4"), []
+    want = {tuple(diffusion.spans(16, size).tolist()): size for size in (1, 2, 4)}
+    for i in range(2000):
+        group = train.choose_turns(cfg, diffusion.generator("cpu", i))
+        later = group[group > 0].tolist()
+        assert later == sorted(later) and group.min() >= 0
+        kinds.append("whole" if not group.any() else want.get(tuple(group.tolist()), "given"))
+    for kind, share in (("whole", 0.3), ("given", 0.5), (1, 0.2 / 3), (2, 0.2 / 3), (4, 0.2 / 3)):
+        assert abs(kinds.count(kind) / 2000 - share) < 0.04, (kind, kinds.count(kind))
+    assert not config("--p_given=0", "--span_size=0").in_turns and config("--p_given=0").in_turns
 
 
 def test_prompts_are_the_tokens_before_and_sometimes_withheld(windows):
@@ -101,9 +110,9 @@ def test_accumulated_gradients_are_those_of_one_batch(windows):
 def one_sequence(cfg, T=12):
     """Eight copies of one sequence without prompt, each at a stratified noise level of its own."""
     idx = torch.randint(50, (1, T), generator=diffusion.generator("cpu", "sequence")).expand(8, T)
-    t = diffusion.stratified(8, cfg.timesteps)[:, None].expand(8, T)
-    hidden = torch.zeros(8, cfg.prompt_size, dtype=torch.bool)
-    return train.Batch(idx, t, torch.randn(8, T, cfg.token_dim), hidden.long(), hidden, torch.ones(8, dtype=torch.bool), 4)
+    group = diffusion.spans(T, cfg.span_size)
+    t, hidden = diffusion.stratified(8, cfg.timesteps, group), torch.zeros(8, cfg.prompt_size, dtype=torch.bool)
+    return train.Batch(idx, group.expand(8, T), t, torch.randn(8, T, cfg.token_dim), hidden.long(), hidden, 4)
 
 
 def overfit(cfg, steps, fixed):
@@ -121,22 +130,23 @@ def overfit(cfg, steps, fixed):
 
 
 def test_a_sequence_learnt_by_heart_is_what_the_sampler_writes():
-    cfg = config("--n_layer=2", "--block_size=12", "--batch_tokens=96")
+    cfg = config("--n_layer=2", "--block_size=12", "--batch_tokens=96", "--span_size=0", "--p_given=0")
     model, batch, loss = overfit(cfg, 250, fixed=False)
     assert loss < 0.05
     with torch.no_grad():
         table = model.embedding()
         for eta in (0.0, 1.0):
-            tokens = diffusion.generate(model, diffusion.make_read(cfg, table, 50), table,
+            tokens = diffusion.generate(lambda *_: model, diffusion.make_read(cfg, table, 50), table,
                                         diffusion.make_schedule(cfg, model.schedule), torch.zeros(2, 12, dtype=torch.int64),
-                                        torch.zeros(2, 12, dtype=torch.bool), steps=20, eta=eta)
+                                        torch.zeros(12, dtype=torch.bool), diffusion.spans(12, 0), steps=20, eta=eta)
             assert torch.equal(tokens, batch.idx[:2])
     assert model.schedule[0] != -1.9, "the schedule is fitted while training"
 
 
 def test_eps_objective_overfits_one_batch_and_decodes_it_which_a_blind_guess_does_not():
     """The origin's test asked only for a loss below 0.01, which its collapsed table met without learning anything."""
-    cfg = config("--n_layer=2", "--block_size=12", "--batch_tokens=96", "--objective=eps", "--schedule=linear")
+    cfg = config("--n_layer=2", "--block_size=12", "--batch_tokens=96", "--objective=eps", "--schedule=linear",
+                 "--span_size=0", "--p_given=0")
     model, batch, loss = overfit(cfg, 400, fixed=True)
     assert loss < 0.01
     table, alpha_bar = model.embedding(), diffusion.make_schedule(cfg, model.schedule)
@@ -217,7 +227,8 @@ def test_evaluation_is_logged_and_printed(shards, tmp_path):
     (["--batch_tokens=100"], "batch_tokens=100 is not a multiple of 64 (batch_size * block_size); try 128"),
     (["--n_embd=33"], "n_embd=33 is not a multiple of 2 * n_head=4; try 32"),
     (["--learning_rte=1"], "learning_rate"),
-    (["--p_given=0.9", "--p_independent=0.9"], "add up to more than 1"),
+    (["--p_given=0.9", "--p_whole=0.9"], "add up to more than 1"),
+    (["--span_size=17"], "span_size=17 is not between 0"),
     (["--device=cuda"], "sees no CUDA device"),
     (["--schedule=quadratic"], "use one of gumbel, linear, cosine, sqrt"),
     (["--dataset=nowhere"], "prepare_fineweb.py"),
