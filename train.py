@@ -32,8 +32,8 @@ class Config(ModelConfig):
     grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
     ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
     # what is noised
-    p_given: float = 0.25                # share of sequences in which a prefix, spans or single tokens are given
-    p_whole: float = 0.25                # share that is denoised as a whole, not span by span
+    p_given: float = 0.2                 # share of sequences in which a prefix, spans or single tokens are given
+    p_whole: float = 0.1                 # share that is denoised as a whole, not span by span
     self_conditioning: float = 0.5       # share that sees a first guess of x_0; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
@@ -236,10 +236,10 @@ def choose_given(T, rng):
 
 def choose_turns(cfg, rng):
     """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of a power
-    of two tokens up to span_size; or in such spans between tokens that are given."""
+    of two tokens up to span_size, and twice as often of one, the best teacher; or in such spans between tokens that are given."""
     T, kind = cfg.block_size, torch.rand((), generator=rng).item()
-    sizes = cfg.span_size.bit_length()
-    span = min(cfg.span_size, 2 ** int(torch.randint(sizes, (), generator=rng))) if sizes else T
+    power = int(torch.randint(-1, cfg.span_size.bit_length(), (), generator=rng))
+    span = 2 ** max(0, power) if cfg.span_size else T
     if kind < cfg.p_given:
         return torch.where(choose_given(T, rng), 0, 1 + diffusion.spans(T, span))
     return diffusion.spans(T, T if kind < cfg.p_given + cfg.p_whole else span)
