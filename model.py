@@ -71,7 +71,7 @@ def visible(group, start, end, relation):
 
 
 class Past(NamedTuple):
-    """Clean tokens as each block has read them, for the tokens that are written after them."""
+    """Clean tokens as each block has read them, for n tokens that are written after them."""
     blocks: list                   # of each: what its convolution reads (B, T, n_embd), keys and values (B, H, T, D)
     attend: torch.Tensor           # (B, 1, n, T + n) of n noisy tokens: which clean ones, then which noisy ones they see
     near: tuple                    # the same for the convolution: two of (B, n, KERNEL)
@@ -193,7 +193,7 @@ class SunFish(nn.Module):
         self.read.weight[:, self.cfg.token_dim:].zero_()
         for unused in (self.table, self.bias) if self.cfg.objective == "eps" else ():
             unused.requires_grad_(False)
-        self.schedule.requires_grad_(self.cfg.objective == "ce" and self.cfg.schedule == "gumbel")
+        self.schedule.requires_grad_(self.cfg.objective != "eps" and self.cfg.schedule == "gumbel")
 
     def embedding(self):
         return F.normalize(self.table.float(), dim=-1) * math.sqrt(self.cfg.token_dim)
@@ -227,15 +227,29 @@ class SunFish(nn.Module):
         h = self.write(norm(x)).float()
         return h if self.cfg.objective == "eps" else h / math.sqrt(self.cfg.token_dim) + signal
 
-    def remember(self, idx, group, prompt=None, prompt_mask=None, E=None, start=0, end=None):
-        """Tokens idx (B, T), written in the turns group (B, T), as the Past of the noisy tokens start .. end."""
-        E, end = self.embedding() if E is None else E, end or idx.size(1)
-        x_0 = E[idx]
-        sight = visible(group, 0, idx.size(1), torch.le)
-        level = torch.full(idx.shape, math.inf, device=idx.device)
-        _, blocks = self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, sight=sight)
+    def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
+        """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
+        return self.read_clean(idx, prompt, prompt_mask, E, sight=visible(group, 0, idx.size(1), torch.le))
+
+    def look_back(self, blocks, group, start=0, end=None):
+        """The Past of the tokens start .. end, at a point where all of smaller turns in group (B, T) are in `blocks`."""
+        end = end or group.size(1)
         (attend, near), (attend_own, near_own) = (visible(group, start, end, relation) for relation in (torch.lt, torch.eq))
         return Past(blocks, torch.cat((attend, attend_own[..., start:end]), -1), (near, near_own), start)
+
+    def add_to_past(self, past, idx, now, prompt=None, prompt_mask=None):
+        """past.blocks with those of the tokens idx (B, n) that were written just `now` (n,), of which `past` is the Past."""
+        def put(old, new, axis, mask):
+            before, here, after = old.split((past.start, idx.size(1), old.size(axis) - past.start - idx.size(1)), axis)
+            return torch.cat((before, torch.where(mask, new, here), after), axis)
+        new, mask = self.read_clean(idx, prompt, prompt_mask, past=past), now[:, None]
+        return [(put(a, x, 1, mask), put(b, k, 2, mask), put(c, v, 2, mask)) for (a, b, c), (x, k, v) in zip(past.blocks, new, strict=True)]
+
+    def read_clean(self, idx, prompt, prompt_mask, E=None, **sight):
+        """What each block leaves of clean tokens idx (B, n)."""
+        E = self.embedding() if E is None else E
+        level, x_0 = torch.full(idx.shape, math.inf, device=idx.device), E[idx]
+        return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight)[1]
 
     def scores(self, h, E):
         """hidden (..., C) -> logits (..., V) in float32."""

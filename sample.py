@@ -140,6 +140,25 @@ def progress(cfg, encoding, steps):
     return watch, calls
 
 
+class Reader:
+    """The network for one text turn by turn, with all but the tokens of `hidden` (T,) in sight. What its blocks have read of the
+    text stays, so that a turn costs its own tokens only."""
+
+    def __init__(self, model, hidden, **prompted):
+        self.model, self.hidden, self.prompted, self.past = model, hidden, prompted, None
+
+    def network(self, tokens, group, start, end):
+        """As `diffusion.generate` asks for it."""
+        model, seen = self.model, torch.where(self.hidden, LATER, group).expand(tokens.shape)
+        if self.past:
+            written = tokens[:, self.past.start:self.past.start + len(self.now)]
+            blocks = model.add_to_past(self.past, written, self.now, **self.prompted)
+        else:
+            blocks = model.remember(tokens, seen, **self.prompted)
+        self.past, self.now = model.look_back(blocks, seen, start, end), group[start:end] == group[start]
+        return partial(model, past=self.past, **self.prompted)
+
+
 @torch.no_grad()
 def sample(model, cfg, canvas, numbers, watch=None):
     """Samples with these numbers, whose noise depends on (seed, number) alone: token ids (B, T), what is given included.
@@ -150,20 +169,14 @@ def sample(model, cfg, canvas, numbers, watch=None):
     device, B = model.table.device, len(numbers)
     idx, known, prompt = (part.to(device) for part in canvas)
     idx, prompt = idx.expand(B, -1), prompt.expand(B, -1)
-    mask = torch.ones_like(prompt, dtype=torch.bool)
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     begun = known.cummin(0).values & ~known.all()                           # given, with nothing to write before it
-    guides = cfg.mode == "generate" and cfg.guidance_scale != 1 and (prompt.size(1) > 0 or bool(begun.any()))
+    prompted = Reader(model, torch.zeros_like(known), prompt=prompt, prompt_mask=torch.ones_like(prompt, dtype=torch.bool))
+    free, scale = Reader(model, begun), cfg.guidance_scale if prompt.size(1) or cfg.mode == "generate" and begun.any() else 1
 
-    def network_for(tokens, group, start, end):
-        def reading(group, **prompted):
-            seen = group.expand(B, -1)
-            past = model.remember(tokens, seen, start=start, end=end, **prompted) if group.unique().numel() > 1 else None
-            return partial(model, past=past, **prompted)
-        prompted = reading(group, prompt=prompt, prompt_mask=mask)
-        null = reading(torch.where(begun, LATER, group)) if guides else prompted
-        return diffusion.guided(prompted, null, cfg.guidance_scale if guides else 1)
-    size = min(model.cfg.span_size, len(known)) if cfg.span_size < 0 else cfg.span_size
+    def network_for(*turn):
+        return prompted.network(*turn) if scale == 1 else diffusion.guided(prompted.network(*turn), free.network(*turn), scale)
+    size = model.cfg.span_size if cfg.span_size < 0 else cfg.span_size
     group = diffusion.spans(len(known), size).to(device)
     read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]

@@ -295,17 +295,24 @@ class DenoisingLoss(nn.Module):
         alpha_bar = diffusion.make_schedule(cfg, net.schedule.detach())
         x_t = diffusion.add_noise(x_0, batch.t, alpha_bar, batch.eps)
         log_snr = diffusion.log_snr(batch.t, alpha_bar)                                   # (B, T)
-        past = net.remember(batch.idx, batch.group, batch.prompt, batch.prompt_mask, table) if cfg.in_turns else None
+        past = None
+        if cfg.in_turns:
+            past = net.look_back(net.remember(batch.idx, batch.group, batch.prompt, batch.prompt_mask, table), batch.group)
         x_prev = self.first_guess(x_t, log_snr, batch, past, table)
         hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
         if cfg.objective == "eps":
             loss = diffusion.eps_loss(hidden, batch.eps)
-        else:
-            loss = in_chunks(lambda h, idx: diffusion.ce_loss(net.scores(h, table), idx), len(table), hidden, batch.idx)
-        if cfg.objective == "eps" or cfg.schedule != "gumbel":
+            return loss, torch.zeros_like(loss)
+
+        def losses(hidden, idx, t):
+            logits = net.scores(hidden, table)
+            ce = diffusion.ce_loss(logits, idx)
+            return torch.stack((ce if cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
+        loss, ce = in_chunks(losses, len(table), hidden, batch.idx, batch.t).unbind(-1)
+        if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
-        return loss, diffusion.schedule_loss(loss.detach(), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
+        return loss, diffusion.schedule_loss(ce.detach(), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
 
     @torch.no_grad()
     def first_guess(self, x_t, log_snr, batch, past, table):
@@ -376,7 +383,8 @@ def measure(model, idx, batch_size, group=None, bands=8, curve=32):
     read, free = diffusion.make_read(model.cfg, table, model.vocab_size), partial(model.likelihood, E=table)
 
     def predict_for(part):
-        past = model.remember(part, group.expand(part.shape)) if group.any() else None
+        turns = group.expand(part.shape)
+        past = model.look_back(model.remember(part, turns), turns) if group.any() else None
         return diffusion.two_pass(partial(model, past=past), read)
     some = idx[::-(-len(idx) // curve)]
     return {**diffusion.estimate_bound(predict_for, table, idx, group, alpha_bar, batch_size),

@@ -90,19 +90,6 @@ def test_a_twin_is_trained_saved_and_loaded(kind, shards, tmp_path):
         twins.load_twin(tmp_path / "nowhere")
 
 
-def test_the_bound_of_a_checkpoint_on_a_text(shards, tmp_path):
-    call(["train.py", "--n_layer=1", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=16", "--prompt_size=8",
-          "--batch_size=4", "--batch_tokens=64", "--eval_interval=0", "--eval_sequences=8", "--device=cpu", "--max_steps=1",
-          f"--dataset={shards}", f"--out_dir={tmp_path / 'run'}"])
-    (tmp_path / "text.txt").write_text("the small dog went home and then the boat went home. " * 40)
-    out = call(["bound.py", f"--checkpoint={tmp_path / 'run'}", f"--text={tmp_path / 'text.txt'}", "--sequences=64",
-                f"--out={tmp_path / 'row.json'}"]).stdout
-    row = json.loads((tmp_path / "row.json").read_text())
-    assert "unigram cross-entropy" in out and row["pairs"] == 64 and len(row["ce_by_noise"]) == 16
-    assert row["bound"] == pytest.approx(row["reconstruction"] + row["diffusion"] + row["prior"])
-    assert call(["bound.py", f"--checkpoint={tmp_path / 'none'}", "--text=x"], code=2).stderr.startswith("error: ")
-
-
 def test_prepare_is_measured_beside_tiktoken_alone(tmp_path, monkeypatch):
     try:
         tokenizer = prepare.pf.get_tokenizer({"name": "gpt2"})

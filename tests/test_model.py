@@ -63,7 +63,7 @@ def test_rows_have_one_length_and_padding_is_never_sampled(small):
 def read_in_turns(small, idx, noisy, group, start=0, end=12):
     """Logits of the noisy tokens start .. end in the turns group, beside the clean tokens idx."""
     group = group.expand(len(idx), -1)
-    past = small.remember(idx, group, start=start, end=end)
+    past = small.look_back(small.remember(idx, group), group, start, end)
     part = noisy[:, start:end]
     return small(part, torch.zeros(part.shape[:2]), torch.zeros_like(part), past=past)
 
@@ -94,6 +94,21 @@ def test_one_turn_is_full_attention_and_a_part_alone_says_what_it_says_in_the_wh
     for start in (0, 4, 8):
         assert torch.allclose(read_in_turns(small, idx, noisy, group, start, start + 4), together[:, start:start + 4], atol=1e-4)
     assert (together - whole).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("group", [torch.arange(12) // 4, torch.tensor([-1, 0, 0, -1, -1, 1, -1, 1, 2, 2, -1, 2])])
+def test_text_read_as_it_is_written_is_text_read_as_a_whole(small, group):
+    """Turn by turn, with later tokens still unknown, the blocks come to hold what one reading of all gives."""
+    torch.manual_seed(1)
+    idx, junk, prompt = (torch.randint(50, (2, n)) for n in (12, 12, 3))
+    prompted, group = dict(prompt=prompt, prompt_mask=torch.ones(2, 3, dtype=torch.bool)), group.expand(2, -1)
+    blocks = small.remember(torch.where(group < 0, idx, junk), group, **prompted)
+    for turn in range(3):
+        start, end = (group[0] == turn).nonzero()[[0, -1]].flatten().tolist()
+        past = small.look_back(blocks, group, start, end + 1)
+        blocks = small.add_to_past(past, idx[:, start:end + 1], group[0, start:end + 1] == turn, **prompted)
+    for made, whole in zip(blocks, small.remember(idx, group, **prompted), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, whole, strict=True))
 
 
 def test_a_hidden_prompt_is_no_prompt_and_a_visible_one_matters(small):

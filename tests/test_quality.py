@@ -1,0 +1,257 @@
+"""The measures of quality have known answers, and a whole run with a made-up judge prints and writes every table."""
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, call
+
+import prepare_fineweb
+from diffusion import generator
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import quality          # noqa: E402
+
+
+class Judge:
+    """A judge with known answers: each token has its unigram nats, but `cheap` if it is the window's first token again."""
+
+    def __init__(self, log_p, cheap=None):
+        self.log_p, self.cheap = log_p, cheap
+
+    def nll(self, idx):
+        nats = -self.log_p[idx]
+        return nats if self.cheap is None else torch.where(idx == idx[:, :1], self.cheap, nats)
+
+    def features(self, idx):
+        return torch.nn.functional.one_hot(idx, len(self.log_p)).float().mean(1)
+
+    def sample(self, n, length, steps, temperature, rng):
+        return torch.multinomial(self.log_p.exp(), n * length, replacement=True, generator=rng).view(n, length)
+
+    def predict(self, idx, hidden):
+        """Knows the answer in every other window."""
+        right = torch.nn.functional.one_hot(idx, len(self.log_p)).float()
+        right[::2] *= -1
+        return right
+
+
+def uniform(n):
+    return torch.full((n,), -math.log(n))
+
+
+def test_entropy_is_of_one_text_and_not_of_all():
+    texts = torch.stack((torch.full((8,), 3), torch.arange(8), torch.tensor([1, 2] * 4)))
+    assert torch.allclose(quality.entropy(texts), torch.tensor([0.0, math.log(8), math.log(2)], dtype=torch.float64))
+
+
+def test_distinct_counts_over_all_texts_and_repetition_within_each():
+    texts = torch.tensor([[1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6]])
+    assert quality.distinct(texts, 1) == 6 / 12
+    assert quality.distinct(texts, 2) == 6 / 10                 # 12 21 | 23 34 45 56; 12 is in both
+    assert quality.distinct(texts, 4) == 5 / 6                  # 1212 2121 | 1234 2345 3456
+    assert quality.repetition(texts) == pytest.approx(1 / 6)    # the second 1212
+    assert quality.repetition(texts[1:].expand(5, -1)) == 0     # the same text five times repeats nothing within itself
+    assert quality.distinct(texts[1:].expand(5, -1), 4) == 3 / 15
+
+
+def test_the_unigram_floor_costs_its_entropy_under_the_unigram_judge():
+    tokens = torch.randint(20, (5000,), generator=generator("cpu", "text")) ** 2 // 20
+    p = torch.bincount(tokens, minlength=20) / len(tokens)
+    row = quality.score(quality.draw_unigram(tokens, 400, 50, seed=1), Judge(p.log().clamp(min=-99)))
+    assert abs(row["nats"] + (p * p.clamp(min=1e-9).log()).sum()) < 4 * row["nats_error"] < 0.1
+    assert row["perplexity"] == pytest.approx(math.exp(row["nats"]))
+
+
+def test_the_bigram_floor_has_the_pairs_of_its_text_in_proportion():
+    """After 0 comes 1, after this 2 or, half as often, 3, and after these 0."""
+    texts = quality.draw_bigram(torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 3] * 5), 300, 40, seed=1)
+    pairs = texts.unfold(1, 2, 1).reshape(-1, 2)
+    after = pairs[pairs[:, 0] == 1, 1]
+    assert set(map(tuple, pairs.tolist())) == {(0, 1), (1, 2), (1, 3), (2, 0), (3, 0)}
+    assert abs((after == 3).double().mean() - 1 / 3) < 4 * (2 / 9 / len(after)) ** 0.5
+
+
+def test_floors_are_of_the_training_text_or_else_of_the_held_out_one(small):
+    real = torch.full((3, 12), 5)
+    for training, token in ((torch.full((4,), 7), 7), (real[0, :0], 5)):
+        bench = quality.Bench(small, None, real, training, None, {}, torch.device("cpu"))
+        _, unigram, bigram = (make() for labels, make in list(quality.systems(quality.Config(), bench, real))[:3])
+        assert (unigram == token).all() and (bigram == token).all() and unigram.shape == bigram.shape == (3, 12)
+
+
+def test_words_are_looked_up_in_lower_case_and_an_end_of_text_is_none(shards):
+    encoding = prepare_fineweb.get_tokenizer(prepare_fineweb.read_meta(shards)["tokenizer"])
+    texts = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary("The dog")]])
+    assert quality.words(texts[0], encoding) == ["the", "dog"]
+    assert quality.share_of_words(texts, encoding, {"the", "cat"}) == 0.5
+    assert quality.share_of_words(texts, encoding, set()) is None
+
+
+def test_adherence_is_what_the_judge_gains_from_the_right_prompt():
+    """Continuations that repeat their prompt cost 1 nat after it and log 50 after another; constant ones cost the same."""
+    judge, prompts = Judge(uniform(50), cheap=1.0), torch.arange(6)[:, None].expand(6, 3)
+    row = quality.adherence(judge, prompts, torch.arange(6)[:, None].expand(6, 9))
+    assert row["own"] == pytest.approx(1) and row["other"] == pytest.approx(math.log(50), rel=1e-6)
+    assert row["adherence"] == pytest.approx(math.log(50) - 1, rel=1e-6) and row["adherence_error"] < 1e-6
+    assert quality.adherence(judge, prompts, torch.full((6, 9), 40))["adherence"] == 0
+
+
+def test_conditioning_on_windows_of_one_token_each(small, capsys):
+    """Window i is twelve times token i and the judge pays for nothing else: what it makes of the truth is known."""
+    windows, judge = torch.arange(10)[:, None].expand(10, 12), Judge(uniform(50), cheap=1.0)
+    bench = quality.Bench(small, None, windows, windows[:0, 0], judge, {"causal": judge}, torch.device("cpu"))
+    cfg = quality.Config(pairs=10, condition_steps=3, guidance="2", span=3)
+    true, model, other = quality.blanks(cfg, bench)
+    assert true["nats"] == pytest.approx(1) and true["worse"] == 0
+    assert other["worse"] == pytest.approx((math.log(50) - 1) * 3 / 12, rel=1e-5) and other["worse_error"] < 1e-6
+    assert 0 < model["worse"] <= other["worse"] + 1e-6
+    row, *made = quality.prompting(cfg, bench)
+    assert row["adherence"] == pytest.approx(math.log(50) - 1, rel=1e-5) and row["entropy"] == 0
+    assert len(made) == 4 and made[0]["entropy"] > math.log(3)      # of nine tokens, as long as the true continuation
+    commonest, one, more, twin = quality.single_tokens(cfg, bench)
+    assert max(one["recovered"], more["recovered"]) < 1             # they do not see the answer
+    assert twin["recovered"] == 0.5 and twin["recovered_error"] == pytest.approx((0.25 / 9) ** 0.5)
+    assert commonest["recovered"] == (0.1 if small.log_unigram.argmax() < 10 else 0)
+    assert "PROMPTS: 10 held-out prompts of 3 tokens, continued by 9" in capsys.readouterr().out
+
+
+def test_what_is_known_stays_and_each_row_follows_its_own_prompt(small):
+    idx = torch.randint(50, (5, 12), generator=generator("cpu", "idx"))
+    known = torch.arange(12) % 3 > 0
+    filled = quality.fill(small, idx, known, steps=4, seed=1, batch_size=2)
+    assert torch.equal(filled[:, known], idx[:, known]) and (filled != idx).any()
+    prompts = idx[:, :4]
+    for inside in (0, 1, 4):
+        def follow(prompts, scale, batch_size, inside=inside):
+            return quality.continue_prompts(small, prompts, inside, 4, scale, seed=1, batch_size=batch_size)
+        made, swapped = follow(prompts, 3.0, 2), follow(torch.cat((prompts[:4], (prompts[4:] + 1) % 50)), 3.0, 5)
+        assert made.shape == (5, 8) and torch.equal(made[:4], swapped[:4]) and not torch.equal(made[4], swapped[4])
+        assert torch.equal(follow(prompts, 0.0, 5), follow(prompts.flip(0), 0.0, 5))
+    drawn = quality.draw(small, 5, 4, 4, 0.9, 1.0, seed=1, batch_size=2)
+    assert torch.equal(drawn, quality.draw(small, 5, 4, 4, 0.9, 1.0, seed=1)) and drawn.shape == (5, 12)
+    assert not torch.equal(drawn, quality.draw(small, 5, 4, 4, 0.9, 1.0, seed=2))
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    call(["train.py", "--n_layer=1", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=16", "--prompt_size=8",
+          "--batch_size=4", "--batch_tokens=64", "--eval_interval=0", "--eval_sequences=8", "--device=cpu", "--max_steps=1",
+          f"--dataset={shards}", f"--out_dir={folder}"])
+    return folder
+
+
+def compare_means(p_features, q_features, num_buckets, verbose):
+    assert p_features.shape == q_features.shape == (6, p_features.shape[1]) and num_buckets == 2 and not verbose
+    return SimpleNamespace(mauve=1 - abs(p_features.mean(0) - q_features.mean(0)).sum() / 2)
+
+
+@pytest.fixture
+def twin(shards, monkeypatch, tmp_path):
+    """The place of a twin, its checkpoint as bench/twins.py would return it, and a package mauve that compares means."""
+    spec = prepare_fineweb.read_meta(shards)
+    content = {"data": {"tokenizer": spec["tokenizer"]}, "config": {"block_size": 16}}
+    judge = Judge(uniform(spec["vocab_size"]))
+    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(load_twin=lambda place, device: (judge, content)))
+    monkeypatch.setitem(sys.modules, "mauve", SimpleNamespace(compute_mauve=compare_means))
+    (tmp_path / "twin.pt").touch()
+    return tmp_path / "twin.pt", content
+
+
+SMALL = ["--sequences=64", "--samples=6", "--steps=2,4", "--temperatures=0.8,1", "--pairs=8", "--guidance=1,3",
+         "--condition_steps=4", "--spans=4,8,0", "--batch_size=4", "--device=cpu"]
+
+
+def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
+    place, _ = twin
+    out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={place}", f"--masked={place}",
+                f"--causal={place}", f"--out={tmp_path / 'made'}", "--eta=0,1", *SMALL])
+    result = json.loads((tmp_path / "made/quality.json").read_text())
+    bound, rows = result["likelihood"], result["samples"]
+    assert bound["bound"] == pytest.approx(bound["reconstruction"] + bound["diffusion"] + bound["prior"])
+    assert bound["bits_per_byte"] == pytest.approx(bound["bound"] / math.log(2) / bound["bytes_per_token"])
+    assert bound["pairs"] == 64 and len(bound["ce_by_noise"]) == 16 and "unigram cross-entropy" in out.stdout
+    vocabulary = prepare_fineweb.read_meta(shards)["vocab_size"]
+    assert all(row["perplexity"] == pytest.approx(vocabulary, rel=1e-4) for row in rows)       # the judge is uniform
+    assert [row["text"] for row in rows] == ["held-out text", "unigram floor", "bigram floor", *["SunFish"] * 20,
+                                             *["masked twin"] * 4, *["causal twin"] * 2]
+    assert rows[0]["words"] > 0.8 and 0.99 > rows[0]["MAUVE"] > max(row["MAUVE"] for row in rows if "twin" in row["text"])
+    assert [row["continuation"] for row in result["prompting"]] == ["held-out text", "SunFish, no prompt", *(
+        f"{place}, guidance {scale}" for place in ("in the window", "half before it", "before it") for scale in (1, 3))]
+    assert [row["span"] for row in bound["by_span"]] == [4, 8, 0] and bound["by_span"][1]["bound"] == bound["bound"]
+    assert len(result["blanks"]) == 3 and result["settings"]["steps"] == "2,4"
+    assert [row["recovered"] for row in result["single_tokens"] if "twin" in row["guessed_by"]] == [0.5, 0.5]
+    assert all(f"{title} " in out.stdout for title in ("perplexity", "adherence", "worse", "recovered", "own"))
+    assert out.stderr.count(" s\n") == len(rows) + 14 and "SunFish, steps 4, temperature 0.8, span 8, eta 1: " in out.stderr
+    found = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "made/frontier.png").exists() == found and ("no picture" in out.stderr) != found
+
+
+def test_bits_a_byte_count_the_bytes_of_the_text_without_its_end_mark(trained, shards, tmp_path):
+    encoding = prepare_fineweb.get_tokenizer(prepare_fineweb.read_meta(shards)["tokenizer"])
+    text = "the small dog went h\u00f6me and then. " * 20
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text}))
+    call(["quality.py", f"--checkpoint={trained}", f"--text={tmp_path / 'text.jsonl'}", f"--out={tmp_path}", "--samples=0",
+          "--pairs=0", "--sequences=4"])
+    row = json.loads((tmp_path / "quality.json").read_text())["likelihood"]
+    ids = ([encoding.eot_token, *encoding.encode_ordinary(text)] * 2)[:row["windows"] * 16]
+    assert ids.count(encoding.eot_token) == 2
+    assert row["bytes_per_token"] == sum(len(encoding.decode_bytes([i])) for i in ids if i != encoding.eot_token) / len(ids)
+
+
+def test_the_same_seed_gives_the_same_table_and_no_judge_gives_less(trained, tmp_path):
+    (tmp_path / "text.txt").write_text("the small dog went home and then the boat went home. " * 40)
+    args = ["quality.py", f"--checkpoint={trained}", f"--text={tmp_path / 'text.txt'}", *SMALL]
+    first, other = call(args).stdout, call([*args, "--seed=2"]).stdout
+    assert first == call(args).stdout != other
+    assert "no --judge" in first and "adherence" not in first and "SINGLE TOKENS" in first
+    row = next(line for line in first.splitlines() if line.startswith("held-out text")).split()
+    assert row[2:7] == ["-"] * 5 and row[-2:] == ["-"] * 2 and float(row[7]) > 1
+
+
+def test_without_the_package_there_is_no_mauve(trained, shards, twin, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={twin[0]}", *SMALL, "--pairs=0"])
+    assert "pip install mauve-text" in out.stdout and "SINGLE TOKENS" not in out.stdout
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--checkpoint=nowhere"], "checkpoint=nowhere is not there"),
+    (["--judge=nowhere"], "judge=nowhere is not there"),
+    (["--text=nowhere.txt"], "text=nowhere.txt is not there"),
+    (["--dataset="], "--text=FILE"),
+    (["--steps=8,x"], "steps=8,x is not a list of whole numbers"),
+    (["--steps=8.5"], "steps=8.5 is not a list of whole numbers"),
+    (["--temperatures=0"], "temperatures=0 is not a list of numbers"),
+    (["--eta=nan"], "eta=nan is not a list of numbers from 0 to 1"),
+    (["--guidance="], "guidance= is not a list"),
+    (["--steps=1001"], "more than the 1000 timesteps"),
+    (["--condition_steps=1001"], "more than the 1000 timesteps"),
+    ([f"--out={__file__}"], "cannot be a folder"),
+    (["--samples=1"], "samples=1 is less than 2; 0 leaves it out"),
+    (["--samples=9999999"], "held-out windows"),
+    (["--span=15"], "span=15")])
+def test_mistakes_get_one_line(args, words, trained, shards):
+    out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", *SMALL, *args], code=2)
+    assert words in out.stderr and out.stdout == "" and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("change, words", [({"data": {"tokenizer": {"name": "gpt2"}}}, "another tokenizer"),
+                                           ({"config": {"block_size": 8}}, "windows of 8 tokens")])
+def test_a_twin_of_other_tokens_or_shorter_windows_is_refused(change, words, trained, shards, twin):
+    twin[1].update(change)
+    out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={twin[0]}", *SMALL], code=2)
+    assert words in out.stderr and out.stderr.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_path('bench/quality.py', run_name='__main__')\n" \
+           "finally: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60).stdout
+    assert "--temperatures=" in out and out.endswith("False\n")
