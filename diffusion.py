@@ -4,7 +4,8 @@ The mathematics of SunFish: schedules, noise, the reverse step, three samplers, 
 Plain functions over tensors that know nothing of the network. Clean vectors x_0 are noised to
 x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); a network guesses x_0 from x_t.
 Schedules are float64 tables of alpha_bar with shape (timesteps + 1,), 1 at index 0 and strictly decreasing. An index t is
-a tensor (B,) with one level for each sequence, or (B, T) with one for each token; a given token stands at t = 0.
+a tensor (B,) with one level for each sequence, or (B, T) with one for each token, the same for tokens of one turn: a text may
+be written in turns, each of which reads the clean tokens of all earlier ones. Index 0 is a token without noise.
 
 A `network` is any callable (x_t (B, T, C), log_snr (B, T), x_prev (B, T, C)) -> output, where x_prev is its previous
 guess of x_0 or zeros (self-conditioning, Chen et al. 2022). A `read` turns its output into (x_0_hat, logits). A `denoise`

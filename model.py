@@ -1,10 +1,12 @@
 """
 The network of SunFish: noisy token vectors in, scores over the vocabulary out.
 
-A pre-norm transformer with full attention. Three things set it apart from a language model's usual trunk:
+A pre-norm transformer with full attention. Four things set it apart from a language model's usual trunk:
 - the input at each position is the *context-free posterior mean* of the noisy vector, the best guess of the token from
   its own noise alone, so that a position drowned in noise looks blank instead of loud;
-- each position carries its own noise level, and a given token is simply one without noise;
+- a text is written in turns, in any order: the noisy tokens of a turn see each other, and what the same trunk has read of the
+  clean tokens of earlier turns (the text twice, as in block diffusion, Arriola et al. 2025);
+- each position carries its own noise level;
 - the output adds the exact Gaussian log-likelihood of the noisy vector under every token (the output prior of Plaid,
   Gulrajani & Hashimoto 2023), so at initialisation the model already is that context-free posterior.
 """
