@@ -35,7 +35,7 @@ LATER = 2 ** 31               # the turn of what is never read
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
 HUGE_PAGE = 2 ** 21           # bytes
-FORMAT = 2                    # of a checkpoint file
+FORMAT = 3                    # of a checkpoint file
 SCORES = 2 ** 25              # most scores over the vocabulary that stand in memory at once: 134 MB in float32
 
 

@@ -7,7 +7,7 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from configurator import fail, load
 
@@ -21,7 +21,7 @@ class Config:
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
     sampler: str = "ddim"            # ddim, or ddpm (eta=1)
-    steps: int = 0                   # denoising steps for the whole text; 0 is 64 for ddim and all timesteps for ddpm
+    steps: int = 0                   # denoising steps for the whole text; 0 is 8 a span and 64 at least, with ddpm all timesteps
     span_size: int = -1              # tokens written together, from left to right; 0 is all at once, -1 as the network's
     eta: float = 1.0                 # ddim: fresh noise at each step, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.9         # of the scores; below 1 is safer and duller
@@ -123,7 +123,7 @@ def make_canvas(cfg, model_cfg, prompt, encode):
         fail(f"{len(idx)} tokens are more than the {model_cfg.block_size} that this network was trained at (block_size)")
     if len(ids) > model_cfg.prompt_size:
         fail(f"the prompt has {len(ids) + int(known.sum())} tokens, more than the {model_cfg.prompt_size + int(known.sum())} that "
-             f"this network reads (prompt_size and half of block_size); shorten it: {prompt[:40]!r}...")
+             f"this network reads beside what it is to write (prompt_size, block_size); shorten it: {prompt[:40]!r}...")
     return idx, known, torch.tensor(ids, dtype=torch.int64)
 
 
@@ -138,6 +138,21 @@ def progress(cfg, encoding, steps):
             clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
             say(f"{clear}step {len(calls)}/{steps}, noise index {t}\n{text}")
     return watch, calls
+
+
+def plan(cfg, model_cfg, known):
+    """The turn in which each token is written (T,), where known (T,) none is, how many turns, and the steps for all of them.
+
+    Raises ValueError if there are fewer steps than turns, or more in a turn than the network knows timesteps."""
+    group = diffusion.spans(len(known), model_cfg.span_size if cfg.span_size < 0 else cfg.span_size)
+    turns = len(group[~known].unique())
+    usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else max(64, 8 * turns)
+    steps = cfg.steps or min(usual, turns * model_cfg.timesteps)
+    if steps < turns:
+        raise ValueError(f"steps={steps} is less than one for each of {turns} spans; use more, or a larger --span_size")
+    if steps > turns * model_cfg.timesteps:
+        raise ValueError(f"steps={steps} is more than the {model_cfg.timesteps} timesteps of this checkpoint for each of {turns} spans")
+    return group, turns, steps
 
 
 class Reader:
@@ -176,11 +191,10 @@ def sample(model, cfg, canvas, numbers, watch=None):
 
     def network_for(*turn):
         return prompted.network(*turn) if scale == 1 else diffusion.guided(prompted.network(*turn), free.network(*turn), scale)
-    size = model.cfg.span_size if cfg.span_size < 0 else cfg.span_size
-    group = diffusion.spans(len(known), size).to(device)
+    group, _, steps = plan(cfg, model.cfg, canvas[1])
     read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
-    return diffusion.generate(network_for, read, table, alpha_bar, idx, known, group, cfg.steps, cfg.eta, rng, watch)
+    return diffusion.generate(network_for, read, table, alpha_bar, idx, known, group.to(device), steps, cfg.eta, rng, watch)
 
 
 def main(cfg):
@@ -196,36 +210,34 @@ def main(cfg):
     except ValueError as error:
         fail(error)
     model, encoding = load_model(checkpoint, device), get_tokenizer(checkpoint["data"]["tokenizer"])
-    steps = cfg.steps or (model.cfg.timesteps if cfg.sampler == "ddpm" else min(64, model.cfg.timesteps))
-    if steps > model.cfg.timesteps:
-        fail(f"steps={steps} is more than the {model.cfg.timesteps} timesteps of this checkpoint")
-    cfg = replace(cfg, steps=steps, span_size=model.cfg.span_size if cfg.span_size < 0 else cfg.span_size)
-    together = f"{cfg.span_size} tokens at a time" if cfg.span_size else "all tokens at once"
-    say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
-        f"{together}, {device}")
     prompts = read_prompts(cfg.prompt)
     canvases = [make_canvas(cfg, model.cfg, prompt, encoding.encode_ordinary) for prompt in prompts]
+    try:
+        plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
+    except ValueError as error:
+        fail(error)
+    size = model.cfg.span_size if cfg.span_size < 0 else cfg.span_size
+    say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {plans[0][2]} steps, "
+        f"{f'{size} tokens at a time' if size else 'all tokens at once'}, {device}")
     if not all(prompt.strip() for prompt in prompts):
         if cfg.mode == "generate":
             say("no prompt: the samples are unconditional")
         if cfg.guidance_scale != Config.guidance_scale:
             say(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
-    started, tokens, calls = time.perf_counter(), 0, 0
-    for prompt, canvas in zip(prompts, canvases, strict=True):
+    started, tokens, calls, readings = time.perf_counter(), 0, 0, 0
+    for prompt, canvas, (_, turns, steps) in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch, seen = progress(cfg, encoding, steps)
-            try:
-                made = sample(model, cfg, canvas, numbers, watch)
-            except ValueError as error:
-                fail(f"{error}; use more --steps, or a larger --span_size")
-            guided = prompt.strip() and cfg.guidance_scale != 1
-            tokens, calls = tokens + made.numel(), calls + len(seen) * (2 if guided else 1)
+            made = sample(model, cfg, canvas, numbers, watch)
+            branches = 2 if prompt.strip() and cfg.guidance_scale != 1 else 1
+            tokens, calls, readings = tokens + made.numel(), calls + len(seen) * branches, readings + turns * branches
             given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
             for number, ids in zip(numbers, made.tolist(), strict=True):
                 write(cfg, prompt, number, encoding.decode(ids[given:]))
     seconds = time.perf_counter() - started
-    say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
+    say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls and {readings} readings of "
+        "what was written before")
 
 
 def write(cfg, prompt, number, text):

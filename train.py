@@ -235,11 +235,11 @@ def choose_given(T, rng):
 
 
 def choose_turns(cfg, rng):
-    """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of a power
-    of two tokens up to span_size, and twice as often of one, the best teacher; or in such spans between tokens that are given."""
+    """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of 1, 2, 4 ...
+    span_size tokens, and twice as often of one, the best teacher; or in such spans between tokens that are given."""
     T, kind = cfg.block_size, torch.rand((), generator=rng).item()
-    power = int(torch.randint(-1, cfg.span_size.bit_length(), (), generator=rng))
-    span = 2 ** max(0, power) if cfg.span_size else T
+    sizes = [1, *(2 ** k for k in range(cfg.span_size.bit_length()) if 2 ** k < cfg.span_size), cfg.span_size or T]
+    span = sizes[int(torch.randint(len(sizes), (), generator=rng))] if cfg.span_size else T
     if kind < cfg.p_given:
         return torch.where(choose_given(T, rng), 0, 1 + diffusion.spans(T, span))
     return diffusion.spans(T, T if kind < cfg.p_given + cfg.p_whole else span)
@@ -305,10 +305,11 @@ class DenoisingLoss(nn.Module):
             return loss, torch.zeros_like(loss)
 
         def losses(hidden, idx, t):
-            logits = net.scores(hidden, table)
-            ce = diffusion.ce_loss(logits, idx)
-            return torch.stack((ce if cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
-        loss, ce = in_chunks(losses, len(table), hidden, batch.idx, batch.t).unbind(-1)
+            with torch.autocast(idx.device.type, enabled=False):
+                logits = net.scores(hidden, table)
+                ce = diffusion.ce_loss(logits, idx)
+                return torch.stack((ce if cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
+        loss, ce = (x.contiguous() for x in in_chunks(losses, len(table), hidden, batch.idx, batch.t).unbind(-1))
         if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
@@ -397,15 +398,16 @@ def show_text(model, cfg, encoding, window):
     T = min(cfg.block_size, 64)
     hole = torch.arange(T) - T // 2
     hole = (hole >= 0) & (hole < T // 8)
-    nothing, settings = torch.zeros_like(hole), SampleConfig(steps=min(64, cfg.timesteps), guidance_scale=cfg.guidance_scale)
-    canvases = (idx[:T], nothing, before[:0]), (idx[:T], nothing, before[-cfg.prompt_size:]), (idx[:T], ~hole, before[:0])
-    free, prompted, filled = (sample(model, settings, canvas, [i])[0].cpu() for i, canvas in enumerate(canvases))
+    write, infill = SampleConfig(guidance_scale=cfg.guidance_scale), SampleConfig(mode="infill")
+    idx, nothing, prompt = idx[:T], torch.zeros_like(hole), before[-cfg.prompt_size:]
+    canvases = (write, (idx, nothing, before[:0])), (write, (idx, nothing, prompt)), (infill, (idx, ~hole, before[:0]))
+    free, prompted, filled = (sample(model, settings, canvas, [i])[0].cpu() for i, (settings, canvas) in enumerate(canvases))
 
     def decode(ids):
         return " ".join(encoding.decode(ids.tolist()).split())
-    return [("sample", decode(free)), ("prompt", f"{decode(before[-cfg.prompt_size:])} >>> {decode(prompted)}"),
+    return [("sample", decode(free)), ("prompt", f"{decode(prompt)} >>> {decode(prompted)}"),
             ("infill", f"{decode(idx[:T // 2])} [{decode(filled[hole])}] {decode(idx[T // 2 + T // 8:T])}"
-                       f" (truth: [{decode(idx[:T][hole])}])")]
+                       f" (truth: [{decode(idx[hole])}])")]
 
 
 def evaluate(model, cfg, windows, encoding):

@@ -63,9 +63,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(cfg, name, settings):
     """Train a variant, unless it is there, and return its averaged network and the seconds of its steps."""
-    folder = Path(cfg.out) / name.replace(" ", "_")
+    folder = Path(cfg.out) / f"{name} {cfg.steps}".replace(" ", "_")
     found = find_checkpoint(folder) if folder.exists() else None
-    if not found or found[1]["step"] < cfg.steps:
+    if not found:
         arguments = {**SIZE, "device": "cpu", "max_steps": cfg.steps, **settings, "dataset": cfg.dataset, "out_dir": folder}
         command = [sys.executable, ROOT / "train.py", *(f"--{key}={value}" for key, value in arguments.items())]
         done = subprocess.run(command, text=True, capture_output=True)

@@ -29,7 +29,7 @@ class Config:
     masked: str = ""                 # checkpoint of a masked twin to compare with; "": none
     causal: str = ""                 # checkpoint of an autoregressive twin to compare with; "": none
     out: str = ""                    # folder for quality.json and frontier.png; "": print only
-    sequences: int = 4096            # windows for the bound, each at one noise level; the text repeats if it is shorter
+    sequences: int = 4096            # windows for the bound, each turn at one noise level; the text repeats if it is shorter
     samples: int = 256               # texts in a row of the sample table, of block_size tokens; 0 leaves it out
     steps: str = "8,16,32,64,128,256"        # denoising steps, a row each
     spans: str = "1,2,4,8,0"         # tokens written together, a row each where there are steps enough; 0 is all at once
@@ -38,7 +38,7 @@ class Config:
     pairs: int = 128                 # held-out windows for prompts and blanks; 0 leaves both out
     guidance: str = "1,1.5,2,3,5,7"  # weights of the prompt, a row each
     span: int = 4                    # tokens blanked in the middle of a window
-    condition_steps: int = 64        # denoising steps of continuations and blanks
+    condition_steps: int = 64        # denoising steps of continuations
     batch_size: int = 32             # texts at a time; lower it if memory runs short
     seed: int = 1                    # of all that is drawn
     device: str = "auto"             # auto, cpu, cuda
@@ -135,7 +135,12 @@ def open_twin(name, place, checkpoint, device):
     if not place:
         return None
     from twins import load_twin
-    twin, content = load_twin(place, device=device)
+    try:
+        twin, content = load_twin(place, device=device)
+    except ValueError as error:
+        fail(error)
+    if (content["kind"] == "masked") != (name == "masked"):
+        fail(f"{name}={place} is a twin of kind={content['kind']}; name the {'masked' if name == 'masked' else 'autoregressive'} one")
     if content["data"]["tokenizer"] != checkpoint["data"]["tokenizer"]:
         fail(f"{name}={place} has another tokenizer than the checkpoint; train both on the same dataset")
     size, needed = content["config"]["block_size"], checkpoint["config"]["block_size"]
@@ -152,11 +157,12 @@ def open_bench(cfg):
         fail(error)
     path, checkpoint = found or fail(f"no checkpoint at {cfg.checkpoint}; train one, or name another with --checkpoint")
     model, encoding = load_model(checkpoint, device), prepare_fineweb.get_tokenizer(checkpoint["data"]["tokenizer"])
-    T, span, most = model.cfg.block_size, model.cfg.span_size, max(*numbers(cfg.steps, int), cfg.condition_steps)
-    if most > model.cfg.timesteps:
-        fail(f"steps={most} is more than the {model.cfg.timesteps} timesteps of this checkpoint")
-    if cfg.pairs and span and cfg.condition_steps < -(-T // span):
-        fail(f"condition_steps={cfg.condition_steps} is less than one for each of {-(-T // span)} spans; raise it")
+    T = model.cfg.block_size
+    try:                                        # before anything is computed: one step in all, or one for each span
+        for steps, span in [(each, 0) for each in numbers(cfg.steps, int)] + [(cfg.condition_steps, -1)]:
+            sample.plan(sample.Config(steps=steps, span_size=span), model.cfg, torch.zeros(T, dtype=torch.bool))
+    except ValueError as error:
+        fail(error)
     if T < max(4, cfg.span + 2):
         fail(f"span={cfg.span} and 4-grams do not fit into the windows of this checkpoint, {T} tokens; choose another")
     windows, training = None, torch.empty(0, dtype=torch.int64)
@@ -355,6 +361,7 @@ def systems(cfg, bench, real):
     """All that the sample table has a row for: (its labels, a function that returns texts (samples, T))."""
     n, T = real.shape
     tokens, temperatures = bench.training if len(bench.training) else bench.windows.flatten(), numbers(cfg.temperatures, float)
+    same = cfg.judge and cfg.causal and Path(cfg.judge).resolve() == Path(cfg.causal).resolve()
     yield {"text": "held-out text"}, lambda: real
     yield {"text": "unigram floor"}, partial(draw_unigram, tokens, n, T, cfg.seed)
     yield {"text": "bigram floor"}, partial(draw_bigram, tokens, n, T, cfg.seed)
@@ -366,7 +373,7 @@ def systems(cfg, bench, real):
     for name, twin in bench.twins.items():
         for labels in grid if name == "masked" else [{"steps": T, "temperature": each} for each in temperatures]:
             make = partial(draw_twin, twin, n, T, seed=cfg.seed, batch_size=cfg.batch_size, **labels)
-            yield {"text": f"{name} twin", **labels}, make
+            yield {"text": f"{name} twin" + ", the judge" * bool(same and name == "causal"), **labels}, make
 
 
 def reference_features(cfg, bench, windows):
@@ -433,12 +440,12 @@ def blanks(cfg, bench):
     idx, start = shuffled(bench.windows, cfg.seed)[:cfg.pairs], (bench.windows.size(1) - cfg.span) // 2
     place = torch.arange(idx.size(1))
     known = (place < start) | (place >= start + cfg.span)
-    make = partial(fill, bench.model, idx, known, cfg.condition_steps, cfg.seed, cfg.batch_size)
+    make = partial(fill, bench.model, idx, known, 0, cfg.seed, cfg.batch_size)
     texts = {"true span": idx, "SunFish's span": timed({"what": "blanks"}, make),
              "another text's span": torch.where(known, idx, idx.roll(1, 0))}
     nats = {name: in_batches(bench.judge.nll, cfg.batch_size, bench.device, text).mean(1) for name, text in texts.items()}
     rows = [{"window_with": name, **mean("nats", x), **mean("worse", x - nats["true span"])} for name, x in nats.items()]
-    print(f"\n4. BLANKS: {cfg.span} tokens in the middle of {cfg.pairs} held-out windows, {cfg.condition_steps} steps.\n"
+    print(f"\n4. BLANKS: {cfg.span} tokens in the middle of {cfg.pairs} held-out windows.\n"
           "nats: the judge's, a token of the whole window. worse: than with the true span, paired, and its standard error.")
     show(rows, "window_with: nats:.4f nats_error:.4f worse:.4f worse_error:.4f")
     return rows
@@ -450,7 +457,7 @@ def single_tokens(cfg, bench):
     blank = torch.randint(1, len(place) - 1, (len(rows),), generator=generator("cpu", cfg.seed, "blanked token"))
     hidden = torch.cat([(place == at).expand(len(part), -1) for at, part in zip(blank, rows, strict=True)])
     guesses = {"commonest token": torch.full_like(idx, bench.model.log_unigram.argmax().item())}
-    for name, steps in (("SunFish, 1 step", 1), (f"SunFish, {cfg.condition_steps} steps", cfg.condition_steps)):
+    for name, steps in (("SunFish, 1 step", 1), ("SunFish, a sample", 0)):
         guesses[name] = timed({"what": "single tokens", "steps": steps}, lambda steps=steps: torch.cat([
             fill(bench.model, idx[part], place != at, steps, cfg.seed, cfg.batch_size, eta=0.0 if steps == 1 else 1.0)
             for at, part in zip(blank, rows, strict=True)]))
@@ -474,12 +481,12 @@ def picture(rows, path):
         return sample.say(f"no picture, because matplotlib is not there ({error}): pip install matplotlib")
     lines = {}
     for row in rows:
-        name = row["text"] + "".join(f", {key} {row[key]:g}" for key in ("steps", "eta") if key in row)
+        name = row["text"] + "".join(f", {key} {row[key]:g}" for key in ("steps", "span", "eta") if key in row)
         lines.setdefault((row["text"], name), []).append((row["entropy"], row["perplexity"]))
     figure, axes = pyplot.subplots(figsize=(9, 6))
     for (text, name), points in lines.items():
         style = {"held-out text": "k*", "unigram floor": "kx", "bigram floor": "rx", "masked twin": "s--", "causal twin": "kd:"}
-        axes.plot(*zip(*points, strict=True), style.get(text, "o-"), label=name)
+        axes.plot(*zip(*points, strict=True), style.get(text.removesuffix(", the judge"), "o-"), label=name)
     axes.set(yscale="log", xlabel="entropy of the tokens within a text, nats", ylabel="perplexity under the judge")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150, bbox_inches="tight")

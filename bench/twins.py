@@ -42,7 +42,7 @@ import torch.nn as nn
 
 from configurator import ModelConfig
 from diffusion import ce_loss, generator
-from model import SunFish, find_checkpoint, in_chunks, keep_memory, norm, visible, write_checkpoint
+from model import SunFish, in_chunks, keep_memory, norm, read_checkpoint, visible, write_checkpoint
 
 
 class Twin(nn.Module):
@@ -70,7 +70,7 @@ class Twin(nn.Module):
         B, T = shape
         if self.kind == "autoregressive":
             return torch.zeros(B, T, dtype=torch.bool), torch.ones(B, T)
-        k = 1 + ((torch.randperm(B, generator=rng) + torch.rand(B, generator=rng)) / B * T).long()      # stratified
+        k = 1 + ((torch.randperm(B, generator=rng) + torch.rand(B, generator=rng)) / B * T).long().clamp(max=T - 1)     # stratified
         blank = torch.rand(B, T, generator=rng).argsort(1).argsort(1) < k[:, None]
         return blank, blank * (T / k)[:, None]
 
@@ -102,25 +102,27 @@ class Twin(nn.Module):
         """Texts (n, length), drawn on the CPU generator rng: token by token, or by unmasking in `steps` equal parts of time
         (ancestral sampling, Sahoo et al. 2024), where each hidden token is written with probability 1 / (steps left)."""
         idx, blank = torch.zeros(n, length, dtype=torch.int64), torch.ones(n, length, dtype=torch.bool)
+        device = self.blank.device
         calls = length if self.kind == "autoregressive" else steps
         for i in range(calls):
             if self.kind == "autoregressive":
                 now = (torch.arange(length) == i).expand(n, -1)
             else:
                 now = blank & (torch.rand(n, length, generator=rng) < 1 / (steps - i))
-            if now.any():                       # else nothing changes, and the call can be saved
-                p = (self.predict(idx, blank) / temperature).softmax(-1)
-                idx = torch.where(now, torch.multinomial(p.flatten(0, 1), 1, generator=rng).view_as(idx), idx)
+            rows = now.any(1)                   # the others' calls, which change nothing, are saved
+            if rows.any():
+                p = (self.predict(idx[rows].to(device), blank[rows].to(device)) / temperature).softmax(-1).cpu()
+                idx[now] = torch.multinomial(p[now[rows]], 1, generator=rng).flatten()
                 blank = blank & ~now
         return idx
 
 
 def load_twin(place, device="cpu"):
-    """The twin of a checkpoint's file or folder, and the checkpoint's content; ValueError if there is none."""
-    found = find_checkpoint(place)
-    if found is None or "kind" not in found[1]:
+    """The twin of a file, or of the newest in a folder, and the file's content; ValueError if there is none."""
+    paths = [Path(place)] if Path(place).is_file() else sorted(Path(place).glob("twin_*.pt"))
+    content = read_checkpoint(paths[-1]) if paths else {}
+    if "kind" not in content:
         raise ValueError(f"{place} holds no twin; train one with bench/twins.py")
-    content = found[1]
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = ModelConfig(**{k: v for k, v in content["config"].items() if k in names})
     twin = Twin(cfg, content["data"]["vocab_size"], kind=content["kind"])
@@ -138,7 +140,7 @@ def evaluate(twin, val, cfg):
 
 def main(cfg):
     keep_memory()
-    if any(Path(cfg.out_dir).glob("ckpt_*.pt")):
+    if any(Path(cfg.out_dir).glob("twin_*.pt")):
         fail(f"{cfg.out_dir} already holds a twin; choose another --out_dir")
     device, dtype, compiled = train.choose_machine(cfg)
     data, windows, val_windows = train.open_data(cfg)
@@ -174,7 +176,7 @@ def main(cfg):
             print("step {step} {tokens:,} tokens: loss {loss:.3f}, validation {bound:.3f} +- {bound_error:.3f} nats a token, "
                   "{seconds:.0f} s".format(**row), flush=True)
             log.write(json.dumps(row) + "\n")
-    write_checkpoint(Path(cfg.out_dir) / f"ckpt_{cfg.max_steps:08d}.pt", dict(
+    write_checkpoint(Path(cfg.out_dir) / f"twin_{cfg.max_steps:08d}.pt", dict(
         step=cfg.max_steps, kind=cfg.kind, config=dataclasses.asdict(cfg), data=data, model=twin.state_dict()))
 
 

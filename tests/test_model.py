@@ -7,7 +7,7 @@ import torch
 
 import configurator
 import diffusion
-from model import CLEAN, NOISY, SunFish, find_checkpoint, load_model, read_checkpoint
+from model import CLEAN, FORMAT, NOISY, SunFish, find_checkpoint, load_model, read_checkpoint
 
 
 def meta_size(name, without_table=False):
@@ -141,7 +141,7 @@ def test_eps_objective_returns_noise_and_leaves_the_table_alone():
 
 def test_a_checkpoint_gives_back_the_averaged_network(small, tmp_path):
     import dataclasses
-    content = dict(format=2, config=dataclasses.asdict(small.cfg), data=dict(vocab_size=50), ema=small.state_dict())
+    content = dict(format=FORMAT, config=dataclasses.asdict(small.cfg), data=dict(vocab_size=50), ema=small.state_dict())
     torch.save(content, tmp_path / "a.pt")
     again = load_model(read_checkpoint(tmp_path / "a.pt"))
     x = torch.randn(1, 12, 16)
@@ -151,7 +151,7 @@ def test_a_checkpoint_gives_back_the_averaged_network(small, tmp_path):
 def test_damaged_and_foreign_files_are_refused(tmp_path, small):
     """Cut anywhere it is refused; with one bit flipped it is refused, or the bit did not matter."""
     path = tmp_path / "a.pt"
-    torch.save(dict(format=2, ema=small.state_dict()), path)
+    torch.save(dict(format=FORMAT, ema=small.state_dict()), path)
     data, refused = path.read_bytes(), 0
     for size in (0, 1000, len(data) - 1):
         path.write_bytes(data[:size])
@@ -174,7 +174,7 @@ def test_the_last_sound_checkpoint_is_found(tmp_path, capsys):
     for run, steps in (("old", (7,)), ("new", (2, 10))):
         (tmp_path / run).mkdir()
         for step in steps:
-            torch.save(dict(format=2, step=step), tmp_path / run / f"ckpt_{step:08d}.pt")
+            torch.save(dict(format=FORMAT, step=step), tmp_path / run / f"ckpt_{step:08d}.pt")
     os.utime(tmp_path / "old" / "ckpt_00000007.pt", (1, 1))
     assert find_checkpoint(tmp_path)[1]["step"] == find_checkpoint(tmp_path / "new")[1]["step"] == 10
     assert find_checkpoint(tmp_path / "old" / "ckpt_00000007.pt")[1]["step"] == 7
@@ -195,7 +195,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (open, (str(sentinel), "w"))
-    torch.save(dict(format=2, ema=Bomb()), tmp_path / "bomb.pt")
+    torch.save(dict(format=FORMAT, ema=Bomb()), tmp_path / "bomb.pt")
     with pytest.raises(ValueError, match="bomb.pt"):
         read_checkpoint(tmp_path / "bomb.pt")
     assert not sentinel.exists()

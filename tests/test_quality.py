@@ -156,12 +156,16 @@ def compare_means(p_features, q_features, num_buckets, verbose):
 def twin(shards, monkeypatch, tmp_path):
     """The place of a twin, its checkpoint as bench/twins.py would return it, and a package mauve that compares means."""
     spec = prepare_fineweb.read_meta(shards)
-    content = {"data": {"tokenizer": spec["tokenizer"]}, "config": {"block_size": 16}}
+    content = {"kind": "autoregressive", "data": {"tokenizer": spec["tokenizer"]}, "config": {"block_size": 16}}
     judge = Judge(uniform(spec["vocab_size"]))
-    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(load_twin=lambda place, device: (judge, content)))
+
+    def load_twin(place, device):
+        return judge, {**content, "kind": "masked"} if "masked" in str(place) else content
+    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(load_twin=load_twin))
     monkeypatch.setitem(sys.modules, "mauve", SimpleNamespace(compute_mauve=compare_means))
-    (tmp_path / "twin.pt").touch()
-    return tmp_path / "twin.pt", content
+    for name in ("judge", "masked", "causal"):
+        (tmp_path / name).touch()
+    return tmp_path / "judge", content
 
 
 SMALL = ["--sequences=64", "--samples=6", "--steps=2,4", "--temperatures=0.8,1", "--pairs=8", "--guidance=1,3",
@@ -170,8 +174,8 @@ SMALL = ["--sequences=64", "--samples=6", "--steps=2,4", "--temperatures=0.8,1",
 
 def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
     place, _ = twin
-    out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={place}", f"--masked={place}",
-                f"--causal={place}", f"--out={tmp_path / 'made'}", "--eta=0,1", *SMALL])
+    out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={place}", f"--masked={place.with_name('masked')}",
+                f"--causal={place.with_name('causal')}", f"--out={tmp_path / 'made'}", "--eta=0,1", *SMALL])
     result = json.loads((tmp_path / "made/quality.json").read_text())
     bound, rows = result["likelihood"], result["samples"]
     assert bound["bound"] == pytest.approx(bound["reconstruction"] + bound["diffusion"] + bound["prior"])
@@ -232,7 +236,8 @@ def test_without_the_package_there_is_no_mauve(trained, shards, twin, monkeypatc
     (["--eta=nan"], "eta=nan is not a list of numbers from 0 to 1"),
     (["--guidance="], "guidance= is not a list"),
     (["--steps=1001"], "more than the 1000 timesteps"),
-    (["--condition_steps=1001"], "more than the 1000 timesteps"),
+    (["--condition_steps=2001"], "more than the 1000 timesteps"),
+    (["--condition_steps=1"], "less than one for each of 2 spans"),
     ([f"--out={__file__}"], "cannot be a folder"),
     (["--samples=1"], "samples=1 is less than 2; 0 leaves it out"),
     (["--samples=9999999"], "held-out windows"),
@@ -243,7 +248,8 @@ def test_mistakes_get_one_line(args, words, trained, shards):
 
 
 @pytest.mark.parametrize("change, words", [({"data": {"tokenizer": {"name": "gpt2"}}}, "another tokenizer"),
-                                           ({"config": {"block_size": 8}}, "windows of 8 tokens")])
+                                           ({"config": {"block_size": 8}}, "windows of 8 tokens"),
+                                           ({"kind": "masked"}, "kind=masked; name the autoregressive one")])
 def test_a_twin_of_other_tokens_or_shorter_windows_is_refused(change, words, trained, shards, twin):
     twin[1].update(change)
     out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={twin[0]}", *SMALL], code=2)

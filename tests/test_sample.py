@@ -1,11 +1,13 @@
 """Sampling as a user sees it: what is given comes back, the same seed gives the same text, and mistakes are named."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import call, run
 
 import sample as script
+from configurator import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,8 @@ def test_same_seed_same_text_whatever_the_batch(checkpoint):
 
 def test_guidance_at_one_and_eta_zero(checkpoint):
     """Scale 1 calls the network once a step, and DDPM is DDIM at eta 1."""
-    assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
-    assert "12 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
+    assert "6 network calls and 3 readings" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
+    assert "12 network calls and 6 readings" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
     assert texts(checkpoint, "--sampler=ddpm") == texts(checkpoint, "--eta=1")
     assert texts(checkpoint, "--eta=0") == texts(checkpoint, "--eta=0") != texts(checkpoint, "--eta=1")
 
@@ -59,6 +61,21 @@ def test_text_is_written_in_turns_or_at_once(checkpoint):
     assert "8 tokens at a time" in header() and "all tokens at once" in header("--span_size=0")
     assert "12 tokens at a time" in header("--span_size=12")
     assert "larger --span_size" in write(checkpoint, "--span_size=2", code=2).stderr
+
+
+def test_every_span_gets_steps_enough():
+    """64 steps are 8 for each of 8 spans, but a long text has more spans; a turn has no more steps than there are timesteps."""
+    nothing, cfg = torch.zeros(64, dtype=torch.bool), ModelConfig(block_size=64, timesteps=100, span_size=8)
+
+    def steps(known=nothing, cfg=cfg, **settings):
+        return script.plan(script.Config(**settings), cfg, known)[1:]
+    assert steps() == (8, 64) and steps(span_size=1) == (64, 512) and steps(span_size=0) == (1, 64)
+    assert steps(torch.zeros(512, dtype=torch.bool)) == (64, 512) and steps(torch.arange(64) != 9) == (1, 64)
+    assert steps(sampler="ddpm") == (8, 100) and steps(cfg=replace(cfg, timesteps=4)) == (8, 32)
+    assert steps(steps=800) == (8, 800)
+    for wrong, words in ((7, "less than one for each of 8 spans"), (801, "more than the 100 timesteps")):
+        with pytest.raises(ValueError, match=words):
+            steps(steps=wrong)
 
 
 def test_infill_returns_the_given_text_and_fills_the_rest(checkpoint):
@@ -101,7 +118,7 @@ def test_blanks_are_cut_out_before_encoding():
     (["--prompt", "dog " * 50], "more than the 20"),
     (["--seq_len=25"], "25 tokens are more than the 24"),
     (["--num_samples=0"], "num_samples=0 must be positive"),
-    (["--steps=1001"], "more than the 1000"),
+    (["--steps=3001"], "more than the 1000"),
     (["--steps=-1"], "must not be negative"),
     (["--eta=2"], "between 0"),
     (["--temprature=1"], "temperature"),
