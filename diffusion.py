@@ -360,7 +360,7 @@ def ce_by_noise(predict_for, free, table, idx, alpha_bar, batch_size, bands=8):
     """Cross-entropy of idx (N, T) at fixed noise: rows (t, of the network, of the context-free posterior) in nats.
 
     `free(x_t, log_snr)` gives the logits of the latter. The gap is what the network has learnt about context; the training
-    loss does not show it, because a fitted schedule keeps the mean at half the entropy.
+    loss hides it, because a fitted schedule keeps the mean at half of what pure noise costs.
     """
     rows = []
     for k in range(bands):

@@ -348,6 +348,10 @@ def likelihood(cfg, bench):
           "bound {bound:.3f} +- {bound_error:.3f} nats a token = reconstruction {reconstruction:.4f} + diffusion {diffusion:.3f} "
           "+ prior {prior:.4f}\nperplexity {perplexity:.2f}, {bits_per_byte:.4f} bits a byte; unigram cross-entropy "
           "{unigram:.3f}, perplexity {unigram_perplexity:.2f}".format(**row))
+    for name, twin in bench.twins.items():
+        from twins import evaluate
+        row[f"{name}_twin"] = evaluate(twin, idx.to(bench.device), cfg)
+        print("{} twin {:.3f} +- {:.3f} nats a token, {}".format(name, *row[f"{name}_twin"], "a bound" if name == "masked" else "exact"))
     print("\nThe bound of writing so many tokens together, from left to right (0: all at once); the one above has span_size "
           f"{model.cfg.span_size}.")
     show(row["by_span"], "span:d bound:.3f bound_error:.3f")

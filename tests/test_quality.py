@@ -161,7 +161,7 @@ def twin(shards, monkeypatch, tmp_path):
 
     def load_twin(place, device):
         return judge, {**content, "kind": "masked"} if "masked" in str(place) else content
-    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(load_twin=load_twin))
+    monkeypatch.setitem(sys.modules, "twins", SimpleNamespace(load_twin=load_twin, evaluate=lambda *_: (1.25, 0.5)))
     monkeypatch.setitem(sys.modules, "mauve", SimpleNamespace(compute_mauve=compare_means))
     for name in ("judge", "masked", "causal"):
         (tmp_path / name).touch()
@@ -180,6 +180,7 @@ def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
     bound, rows = result["likelihood"], result["samples"]
     assert bound["bound"] == pytest.approx(bound["reconstruction"] + bound["diffusion"] + bound["prior"])
     assert bound["bits_per_byte"] == pytest.approx(bound["bound"] / math.log(2) / bound["bytes_per_token"])
+    assert bound["masked_twin"] == [1.25, 0.5] and "causal twin 1.250 +- 0.500 nats a token, exact" in out.stdout
     assert bound["pairs"] == 64 and len(bound["ce_by_noise"]) == 16 and "unigram cross-entropy" in out.stdout
     vocabulary = prepare_fineweb.read_meta(shards)["vocab_size"]
     assert all(row["perplexity"] == pytest.approx(vocabulary, rel=1e-4) for row in rows)       # the judge is uniform
