@@ -31,7 +31,7 @@ class ModelConfig:
     token_dim: int = 136             # width C of a token vector, the space that is diffused
     block_size: int = 512            # tokens in a window
     prompt_size: int = 64            # most tokens of prompt that cross-attention sees
-    span_size: int = 8               # tokens that are written together, from left to right; 0 is the whole window
+    span_size: int = 8               # most tokens that are written together, from left to right; 0 is the whole window
     cross_every: int = 1             # cross-attention to the prompt in every n-th block
     objective: str = "ce"            # ce, cross-entropy of the token; vlb, the likelihood bound; eps, squared error of the noise
     schedule: str = "gumbel"         # gumbel (fitted while training), linear, cosine, sqrt

@@ -21,8 +21,8 @@ class Config:
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
     sampler: str = "ddim"            # ddim, or ddpm (eta=1)
-    steps: int = 0                   # denoising steps for the whole text; 0 is 8 a span and 64 at least, with ddpm all timesteps
-    span_size: int = -1              # tokens written together, from left to right; 0 is all at once, -1 as the network's
+    span_size: int = -1              # tokens written together, from left to right; 0 is all at once; -1 is 1, if it was trained so
+    steps: int = 0                   # denoising steps for the whole text; 0 is 1 a token, or 8 a span and 64 at least; ddpm: all
     eta: float = 1.0                 # ddim: fresh noise at each step, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.9         # of the scores; below 1 is safer and duller
     guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
@@ -46,7 +46,7 @@ class Config:
         if self.steps < 0 or self.seq_len < 0:
             raise ValueError(f"steps={self.steps} and seq_len={self.seq_len} must not be negative; 0 is the default")
         if self.span_size < -1:
-            raise ValueError(f"span_size={self.span_size} is not a number of tokens; 0 is all at once, -1 the network's own")
+            raise ValueError(f"span_size={self.span_size} is not a number of tokens; 0 is all at once")
         if self.mode == "infill" and self.prompt:
             raise ValueError("mode=infill takes --text, not --prompt; put the prompt into the text")
         if self.mode == "generate" and self.text:
@@ -141,18 +141,19 @@ def progress(cfg, encoding, steps):
 
 
 def plan(cfg, model_cfg, known):
-    """The turn in which each token is written (T,), where known (T,) none is, how many turns, and the steps for all of them.
+    """How many tokens are written together, the turn of each (T,), where known (T,) none is, how many turns, and all their steps.
 
     Raises ValueError if there are fewer steps than turns, or more in a turn than the network knows timesteps."""
-    group = diffusion.spans(len(known), model_cfg.span_size if cfg.span_size < 0 else cfg.span_size)
+    size = min(1, model_cfg.span_size) if cfg.span_size < 0 else cfg.span_size
+    group = diffusion.spans(len(known), size)
     turns = len(group[~known].unique())
-    usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else max(64, 8 * turns)
+    usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else turns if size == 1 else max(64, 8 * turns)
     steps = cfg.steps or min(usual, turns * model_cfg.timesteps)
     if steps < turns:
         raise ValueError(f"steps={steps} is less than one for each of {turns} spans; use more, or a larger --span_size")
     if steps > turns * model_cfg.timesteps:
         raise ValueError(f"steps={steps} is more than the {model_cfg.timesteps} timesteps of this checkpoint for each of {turns} spans")
-    return group, turns, steps
+    return size, group, turns, steps
 
 
 class Reader:
@@ -191,7 +192,7 @@ def sample(model, cfg, canvas, numbers, watch=None):
 
     def network_for(*turn):
         return prompted.network(*turn) if scale == 1 else diffusion.guided(prompted.network(*turn), free.network(*turn), scale)
-    group, _, steps = plan(cfg, model.cfg, canvas[1])
+    _, group, _, steps = plan(cfg, model.cfg, canvas[1])
     read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
     return diffusion.generate(network_for, read, table, alpha_bar, idx, known, group.to(device), steps, cfg.eta, rng, watch)
@@ -216,16 +217,17 @@ def main(cfg):
         plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
     except ValueError as error:
         fail(error)
-    size = model.cfg.span_size if cfg.span_size < 0 else cfg.span_size
-    say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {plans[0][2]} steps, "
-        f"{f'{size} tokens at a time' if size else 'all tokens at once'}, {device}")
+    size, _, _, steps = plans[0]
+    together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
+    say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
+        f"{together}, {device}")
     if not all(prompt.strip() for prompt in prompts):
         if cfg.mode == "generate":
             say("no prompt: the samples are unconditional")
         if cfg.guidance_scale != Config.guidance_scale:
             say(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
     started, tokens, calls, readings = time.perf_counter(), 0, 0, 0
-    for prompt, canvas, (_, turns, steps) in zip(prompts, canvases, plans, strict=True):
+    for prompt, canvas, (_, _, turns, steps) in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch, seen = progress(cfg, encoding, steps)

@@ -376,10 +376,10 @@ def eval_windows(windows, n):
 def measure(model, idx, batch_size, group=None, bands=8, curve=32):
     """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict.
 
-    group (T,) is the turn in which each token is written; the default is that of the network's span_size.
+    group (T,) is the turn in which each token is written; by default they come one by one, if the network was trained so.
     """
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
-    group = (diffusion.spans(idx.size(1), model.cfg.span_size) if group is None else group).to(idx.device)
+    group = (diffusion.spans(idx.size(1), min(1, model.cfg.span_size)) if group is None else group).to(idx.device)
     batch_size = max(1, min(batch_size, SCORES // (idx.size(1) * len(table))))
     read, free = diffusion.make_read(model.cfg, table, model.vocab_size), partial(model.likelihood, E=table)
 

@@ -38,14 +38,14 @@ class Config:
     pairs: int = 128                 # held-out windows for prompts and blanks; 0 leaves both out
     guidance: str = "1,1.5,2,3,5,7"  # weights of the prompt, a row each
     span: int = 4                    # tokens blanked in the middle of a window
-    condition_steps: int = 64        # denoising steps of continuations
+    condition_steps: int = 0         # denoising steps of continuations; 0 as sample.py
     batch_size: int = 32             # texts at a time; lower it if memory runs short
     seed: int = 1                    # of all that is drawn
     device: str = "auto"             # auto, cpu, cuda
 
     def check(self):
         """Raise ValueError, in one line that says what to do, for settings that cannot work."""
-        for name, low in (("sequences", 2), ("samples", 2), ("pairs", 2), ("span", 1), ("condition_steps", 1), ("batch_size", 1)):
+        for name, low in (("sequences", 2), ("samples", 2), ("pairs", 2), ("span", 1), ("condition_steps", 0), ("batch_size", 1)):
             value, off = getattr(self, name), name in ("samples", "pairs")
             if value < low and not (off and value == 0):
                 raise ValueError(f"{name}={value} is less than {low}" + "; 0 leaves it out" * off)
@@ -352,8 +352,7 @@ def likelihood(cfg, bench):
         from twins import evaluate
         row[f"{name}_twin"] = evaluate(twin, idx.to(bench.device), cfg)
         print("{} twin {:.3f} +- {:.3f} nats a token, {}".format(name, *row[f"{name}_twin"], "a bound" if name == "masked" else "exact"))
-    print("\nThe bound of writing so many tokens together, from left to right (0: all at once); the one above has span_size "
-          f"{model.cfg.span_size}.")
+    print("\nThe bound of writing so many tokens together, from left to right (0: all at once); the one above is of sample.py's way.")
     show(row["by_span"], "span:d bound:.3f bound_error:.3f")
     print("\nCross-entropy in nats a token by noise, of index t: the network's, and the best without context.")
     curve = [dict(zip(("t", "network", "without_context"), values, strict=True)) for values in row["ce_by_noise"]]
@@ -432,7 +431,7 @@ def prompting(cfg, bench):
         made = timed({"continuation": name}, make)
         rows.append({"continuation": name, **adherence(bench.judge, prompts, made, cfg.batch_size, bench.device),
                      "entropy": entropy(made).mean().item()})
-    print(f"\n3. PROMPTS: {cfg.pairs} held-out prompts of {P} tokens, continued by {made.size(1)}, {cfg.condition_steps} steps.\n"
+    print(f"\n3. PROMPTS: {cfg.pairs} held-out prompts of {P} tokens, continued by {made.size(1)}.\n"
           "own, other: the judge's nats a token of the continuation after its own prompt, and after another text's.\n"
           "adherence: the difference, paired, and its standard error; 0 is chance. entropy: within a continuation, in nats.\n"
           "A prompt stands in the window that is written, or before it, where only cross-attention sees it.")

@@ -106,7 +106,7 @@ def test_conditioning_on_windows_of_one_token_each(small, capsys):
     """Window i is twelve times token i and the judge pays for nothing else: what it makes of the truth is known."""
     windows, judge = torch.arange(10)[:, None].expand(10, 12), Judge(uniform(50), cheap=1.0)
     bench = quality.Bench(small, None, windows, windows[:0, 0], judge, {"causal": judge}, torch.device("cpu"))
-    cfg = quality.Config(pairs=10, condition_steps=3, guidance="2", span=3)
+    cfg = quality.Config(pairs=10, guidance="2", span=3)
     true, model, other = quality.blanks(cfg, bench)
     assert true["nats"] == pytest.approx(1) and true["worse"] == 0
     assert other["worse"] == pytest.approx((math.log(50) - 1) * 3 / 12, rel=1e-5) and other["worse_error"] < 1e-6
@@ -124,12 +124,12 @@ def test_conditioning_on_windows_of_one_token_each(small, capsys):
 def test_what_is_known_stays_and_each_row_follows_its_own_prompt(small):
     idx = torch.randint(50, (5, 12), generator=generator("cpu", "idx"))
     known = torch.arange(12) % 3 > 0
-    filled = quality.fill(small, idx, known, steps=4, seed=1, batch_size=2)
+    filled = quality.fill(small, idx, known, steps=0, seed=1, batch_size=2)
     assert torch.equal(filled[:, known], idx[:, known]) and (filled != idx).any()
     prompts = idx[:, :4]
     for inside in (0, 1, 4):
         def follow(prompts, scale, batch_size, inside=inside):
-            return quality.continue_prompts(small, prompts, inside, 4, scale, seed=1, batch_size=batch_size)
+            return quality.continue_prompts(small, prompts, inside, 12, scale, seed=1, batch_size=batch_size)
         made, swapped = follow(prompts, 3.0, 2), follow(torch.cat((prompts[:4], (prompts[4:] + 1) % 50)), 3.0, 5)
         assert made.shape == (5, 8) and torch.equal(made[:4], swapped[:4]) and not torch.equal(made[4], swapped[4])
         assert torch.equal(follow(prompts, 0.0, 5), follow(prompts.flip(0), 0.0, 5))
@@ -168,8 +168,8 @@ def twin(shards, monkeypatch, tmp_path):
     return tmp_path / "judge", content
 
 
-SMALL = ["--sequences=64", "--samples=6", "--steps=2,4", "--temperatures=0.8,1", "--pairs=8", "--guidance=1,3",
-         "--condition_steps=4", "--spans=4,8,0", "--batch_size=4", "--device=cpu"]
+SMALL = ["--sequences=64", "--samples=6", "--steps=2,16", "--temperatures=0.8,1", "--pairs=8", "--guidance=1,3",
+         "--spans=1,8,0", "--batch_size=4", "--device=cpu"]
 
 
 def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
@@ -189,11 +189,11 @@ def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
     assert rows[0]["words"] > 0.8 and 0.99 > rows[0]["MAUVE"] > max(row["MAUVE"] for row in rows if "twin" in row["text"])
     assert [row["continuation"] for row in result["prompting"]] == ["held-out text", "SunFish, no prompt", *(
         f"{place}, guidance {scale}" for place in ("in the window", "half before it", "before it") for scale in (1, 3))]
-    assert [row["span"] for row in bound["by_span"]] == [4, 8, 0] and bound["by_span"][1]["bound"] == bound["bound"]
-    assert len(result["blanks"]) == 3 and result["settings"]["steps"] == "2,4"
+    assert [row["span"] for row in bound["by_span"]] == [1, 8, 0] and bound["by_span"][0]["bound"] == bound["bound"]
+    assert len(result["blanks"]) == 3 and result["settings"]["steps"] == "2,16"
     assert [row["recovered"] for row in result["single_tokens"] if "twin" in row["guessed_by"]] == [0.5, 0.5]
     assert all(f"{title} " in out.stdout for title in ("perplexity", "adherence", "worse", "recovered", "own"))
-    assert out.stderr.count(" s\n") == len(rows) + 14 and "SunFish, steps 4, temperature 0.8, span 8, eta 1: " in out.stderr
+    assert out.stderr.count(" s\n") == len(rows) + 14 and "SunFish, steps 16, temperature 0.8, span 8, eta 1: " in out.stderr
     found = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "made/frontier.png").exists() == found and ("no picture" in out.stderr) != found
 
@@ -237,8 +237,8 @@ def test_without_the_package_there_is_no_mauve(trained, shards, twin, monkeypatc
     (["--eta=nan"], "eta=nan is not a list of numbers from 0 to 1"),
     (["--guidance="], "guidance= is not a list"),
     (["--steps=1001"], "more than the 1000 timesteps"),
-    (["--condition_steps=2001"], "more than the 1000 timesteps"),
-    (["--condition_steps=1"], "less than one for each of 2 spans"),
+    (["--condition_steps=16001"], "more than the 1000 timesteps"),
+    (["--condition_steps=1"], "less than one for each of 16 spans"),
     ([f"--out={__file__}"], "cannot be a folder"),
     (["--samples=1"], "samples=1 is less than 2; 0 leaves it out"),
     (["--samples=9999999"], "held-out windows"),

@@ -20,7 +20,7 @@ def checkpoint(shards, tmp_path_factory):
 
 
 def write(checkpoint, *args, code=0, run=call, **options):
-    return run(["sample.py", f"--checkpoint={checkpoint}", "--steps=6", *args], code, **options)
+    return run(["sample.py", f"--checkpoint={checkpoint}", "--steps=6", "--span_size=8", *args], code, **options)
 
 
 def texts(checkpoint, *args):
@@ -57,25 +57,26 @@ def test_without_guidance_the_prompt_is_not_seen_at_all(small, place):
 
 
 def test_text_is_written_in_turns_or_at_once(checkpoint):
-    def header(*args): return write(checkpoint, *args).stderr
-    assert "8 tokens at a time" in header() and "all tokens at once" in header("--span_size=0")
-    assert "12 tokens at a time" in header("--span_size=12")
+    def header(*args): return call(["sample.py", f"--checkpoint={checkpoint}", *args]).stderr
+    assert "24 steps, 1 token at a time" in header() and "64 steps, all tokens at once" in header("--span_size=0")
+    assert "6 steps, 12 tokens at a time" in header("--span_size=12", "--steps=6")
     assert "larger --span_size" in write(checkpoint, "--span_size=2", code=2).stderr
 
 
 def test_every_span_gets_steps_enough():
-    """64 steps are 8 for each of 8 spans, but a long text has more spans; a turn has no more steps than there are timesteps."""
+    """One for each single token; or 64, 8 for each of 8 spans, and more for a longer text; in a turn no more than the timesteps."""
     nothing, cfg = torch.zeros(64, dtype=torch.bool), ModelConfig(block_size=64, timesteps=100, span_size=8)
 
     def steps(known=nothing, cfg=cfg, **settings):
-        return script.plan(script.Config(**settings), cfg, known)[1:]
-    assert steps() == (8, 64) and steps(span_size=1) == (64, 512) and steps(span_size=0) == (1, 64)
-    assert steps(torch.zeros(512, dtype=torch.bool)) == (64, 512) and steps(torch.arange(64) != 9) == (1, 64)
-    assert steps(sampler="ddpm") == (8, 100) and steps(cfg=replace(cfg, timesteps=4)) == (8, 32)
-    assert steps(steps=800) == (8, 800)
+        return script.plan(script.Config(**settings), cfg, known)[2:]
+    assert steps() == (64, 64) and steps(span_size=0) == steps(cfg=replace(cfg, span_size=0)) == (1, 64)
+    assert steps(span_size=8) == (8, 64) and steps(torch.zeros(512, dtype=torch.bool), span_size=8) == (64, 512)
+    assert steps(torch.arange(64) != 9) == (1, 1) and steps(torch.arange(64) != 9, span_size=4) == (1, 64)
+    assert steps(sampler="ddpm") == (64, 100) and steps(cfg=replace(cfg, timesteps=4), span_size=8) == (8, 32)
+    assert steps(steps=800, span_size=8) == (8, 800)
     for wrong, words in ((7, "less than one for each of 8 spans"), (801, "more than the 100 timesteps")):
         with pytest.raises(ValueError, match=words):
-            steps(steps=wrong)
+            steps(steps=wrong, span_size=8)
 
 
 def test_infill_returns_the_given_text_and_fills_the_rest(checkpoint):
