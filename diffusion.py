@@ -113,7 +113,7 @@ def generator(device, *keys):
 
 
 def randn(x, rng, draw=torch.randn):
-    """Normal noise like x (B, ...); rng is None, a Generator, or a list of B, which frees the noise from the batch size."""
+    """Noise like x (B, ...), normal or of another `draw`; rng is None, a Generator, or a list of B, which frees the noise from the batch size."""
     if isinstance(rng, (list, tuple)):
         return torch.stack([draw(x.shape[1:], generator=r, dtype=x.dtype, device=x.device) for r in rng])
     return draw(x.shape, generator=rng, dtype=x.dtype, device=x.device)

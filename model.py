@@ -420,10 +420,14 @@ def find_checkpoint(place):
     return None
 
 
+def model_config(checkpoint):
+    """The settings of the network in a checkpoint's content."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**{k: v for k, v in checkpoint["config"].items() if k in names})
+
+
 def load_model(checkpoint, device="cpu"):
     """The averaged network of a checkpoint's content, ready to use."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    cfg = ModelConfig(**{k: v for k, v in checkpoint["config"].items() if k in names})
-    model = SunFish(cfg, checkpoint["data"]["vocab_size"])
+    model = SunFish(model_config(checkpoint), checkpoint["data"]["vocab_size"])
     model.load_state_dict(checkpoint["ema"])
     return model.to(device).eval().requires_grad_(False)

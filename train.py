@@ -68,6 +68,8 @@ class Config(ModelConfig):
                     raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {low:g} to {high:g}")
         if self.p_given + self.p_whole > 1:
             raise ValueError(f"p_given={self.p_given} and p_whole={self.p_whole} add up to more than 1; lower one of them")
+        if self.span_size and self.p_whole == 1:
+            raise ValueError(f"p_whole=1 leaves nothing to write in spans of up to span_size={self.span_size}; use --span_size=0")
         for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false"), ("parallel", "auto ddp fsdp")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {known}")
@@ -83,7 +85,7 @@ class Config(ModelConfig):
     @property
     def in_turns(self):
         """Whether any token is read clean by others that are written later."""
-        return bool(self.span_size and self.p_whole < 1 or self.p_given)
+        return bool(self.span_size or self.p_given)
 
     @property
     def samples(self):

@@ -26,7 +26,7 @@ VARIANTS = {
     "schedule=linear": dict(schedule="linear"), "schedule=cosine": dict(schedule="cosine"), "schedule=sqrt": dict(schedule="sqrt"),
     "spans=1": dict(span_size=1, p_whole=0.0, p_given=0.0), "spans=16": dict(span_size=16), "spans=0": dict(span_size=0),
     "given=0": dict(p_given=0.0), "given=0.5": dict(p_given=0.5), "whole=0": dict(p_whole=0.0),
-    "whole=1": dict(p_whole=1.0, p_given=0.0),
+    "one clock": dict(span_size=0, p_given=0.0),
     "self_conditioning=0": dict(self_conditioning=0.0), "self_conditioning=0 seed=2": dict(self_conditioning=0.0, seed=2),
     "self_conditioning=1": dict(self_conditioning=1.0),
     "width=32": dict(token_dim=32), "width=128": dict(token_dim=128), "width=256": dict(token_dim=256),
@@ -42,6 +42,15 @@ class Config:
     spans: str = "1,2,4,8,0"         # the bound of writing so many tokens together; 0 is all at once
     sequences: int = 1024            # windows for each bound
     steps: int = 600                 # optimizer steps of each run
+
+    def check(self):
+        if not all(size.isdigit() for size in self.spans.split(",")):
+            raise ValueError(f"spans={self.spans} is not a list of whole numbers; write for example 1,8,0")
+        if self.sequences < 2 or self.steps < 1:
+            raise ValueError(f"sequences={self.sequences} and steps={self.steps} must be at least 2 and 1")
+        known = [name for name in VARIANTS if name.startswith(tuple(self.only.split(",")))]
+        if not known:
+            raise ValueError(f"only={self.only} names no variant; there are {', '.join(VARIANTS)}")
 
 
 if __name__ == "__main__":
@@ -62,7 +71,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(cfg, name, settings):
-    """Train a variant, unless it is there, and return its averaged network and the seconds of its steps."""
+    """Train a variant, unless it is there, and return its averaged network and the milliseconds of a step."""
     folder = Path(cfg.out) / f"{name} {cfg.steps}".replace(" ", "_")
     found = find_checkpoint(folder) if folder.exists() else None
     if not found:

@@ -37,7 +37,7 @@ class Config:
     eta: str = "1.0"                 # fresh noise at each step, a row each, from 0 (deterministic) to 1
     pairs: int = 128                 # held-out windows for prompts and blanks; 0 leaves both out
     guidance: str = "1,1.5,2,3,5,7"  # weights of the prompt, a row each
-    span: int = 4                    # tokens blanked in the middle of a window
+    blank: int = 4                   # tokens blanked in the middle of a window
     condition_steps: int = 0         # denoising steps of continuations; 0 as sample.py
     batch_size: int = 32             # texts at a time; lower it if memory runs short
     seed: int = 1                    # of all that is drawn
@@ -45,7 +45,7 @@ class Config:
 
     def check(self):
         """Raise ValueError, in one line that says what to do, for settings that cannot work."""
-        for name, low in (("sequences", 2), ("samples", 2), ("pairs", 2), ("span", 1), ("condition_steps", 0), ("batch_size", 1)):
+        for name, low in (("sequences", 2), ("samples", 2), ("pairs", 2), ("blank", 1), ("condition_steps", 0), ("batch_size", 1)):
             value, off = getattr(self, name), name in ("samples", "pairs")
             if value < low and not (off and value == 0):
                 raise ValueError(f"{name}={value} is less than {low}" + "; 0 leaves it out" * off)
@@ -163,8 +163,8 @@ def open_bench(cfg):
             sample.plan(sample.Config(steps=steps, span_size=span), model.cfg, torch.zeros(T, dtype=torch.bool))
     except ValueError as error:
         fail(error)
-    if T < max(4, cfg.span + 2):
-        fail(f"span={cfg.span} and 4-grams do not fit into the windows of this checkpoint, {T} tokens; choose another")
+    if T < max(4, cfg.blank + 2):
+        fail(f"blank={cfg.blank} and 4-grams do not fit into the windows of this checkpoint, {T} tokens; choose another")
     windows, training = None, torch.empty(0, dtype=torch.int64)
     if cfg.dataset:
         windows, training = read_dataset(cfg, checkpoint["data"], model.cfg)
@@ -440,15 +440,15 @@ def prompting(cfg, bench):
 
 
 def blanks(cfg, bench):
-    idx, start = shuffled(bench.windows, cfg.seed)[:cfg.pairs], (bench.windows.size(1) - cfg.span) // 2
+    idx, start = shuffled(bench.windows, cfg.seed)[:cfg.pairs], (bench.windows.size(1) - cfg.blank) // 2
     place = torch.arange(idx.size(1))
-    known = (place < start) | (place >= start + cfg.span)
+    known = (place < start) | (place >= start + cfg.blank)
     make = partial(fill, bench.model, idx, known, 0, cfg.seed, cfg.batch_size)
     texts = {"true span": idx, "SunFish's span": timed({"what": "blanks"}, make),
              "another text's span": torch.where(known, idx, idx.roll(1, 0))}
     nats = {name: in_batches(bench.judge.nll, cfg.batch_size, bench.device, text).mean(1) for name, text in texts.items()}
     rows = [{"window_with": name, **mean("nats", x), **mean("worse", x - nats["true span"])} for name, x in nats.items()]
-    print(f"\n4. BLANKS: {cfg.span} tokens in the middle of {cfg.pairs} held-out windows.\n"
+    print(f"\n4. BLANKS: {cfg.blank} tokens in the middle of {cfg.pairs} held-out windows.\n"
           "nats: the judge's, a token of the whole window. worse: than with the true span, paired, and its standard error.")
     show(rows, "window_with: nats:.4f nats_error:.4f worse:.4f worse_error:.4f")
     return rows

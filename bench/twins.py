@@ -6,7 +6,8 @@ The twins: an autoregressive and a masked diffusion model from SunFish's own blo
 
 The same shards, windows in the same order, table, trunk, width and optimizer as train.py; no noise, no prompt, no
 self-conditioning. The autoregressive twin sees only the past, and its loss is exact. The masked one (MDLM, Sahoo et al.
-2024) guesses hidden tokens from the others, and its loss, weighted by one over the share that is hidden, is a bound.
+2024) guesses hidden tokens from the others, and its loss, weighted by one over the share that is hidden, is a bound. Of the
+settings those of data, network and step count; a twin has one process, no averaging, and is saved at its end.
 """
 import sys
 from dataclasses import dataclass
@@ -40,9 +41,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from configurator import ModelConfig
 from diffusion import ce_loss, generator
-from model import SunFish, in_chunks, keep_memory, norm, read_checkpoint, visible, write_checkpoint
+from model import SunFish, in_chunks, keep_memory, model_config, norm, read_checkpoint, visible, write_checkpoint
 
 
 class Twin(nn.Module):
@@ -123,9 +123,7 @@ def load_twin(place, device="cpu"):
     content = read_checkpoint(paths[-1]) if paths else {}
     if "kind" not in content:
         raise ValueError(f"{place} holds no twin; train one with bench/twins.py")
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    cfg = ModelConfig(**{k: v for k, v in content["config"].items() if k in names})
-    twin = Twin(cfg, content["data"]["vocab_size"], kind=content["kind"])
+    twin = Twin(model_config(content), content["data"]["vocab_size"], kind=content["kind"])
     twin.load_state_dict(content["model"])
     return twin.to(device).eval().requires_grad_(False), content
 

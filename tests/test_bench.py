@@ -11,7 +11,9 @@ import configurator
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import ablate           # noqa: E402
 import diffusion        # noqa: E402
+import model            # noqa: E402
 import prepare          # noqa: E402
 import train            # noqa: E402
 import twins            # noqa: E402
@@ -105,3 +107,20 @@ def test_prepare_is_measured_beside_tiktoken_alone(tmp_path, monkeypatch):
     assert [part["tokens"] for part in row["rows"]] == [sum(expected[:25]), sum(expected[25:])]
     assert "median of 2" in out and 0.03 < row["peak_gb"] < 2 and row["ratio"] > 0 and row["rest_ns"] > 0
     assert call(["prepare.py", "--source=nowhere.txt"], code=2).stderr.startswith("error: source=nowhere.txt")
+
+
+def test_ablations_are_measured_on_the_same_windows_and_not_made_twice(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "SIZE", {**ablate.SIZE, "n_embd": 32, "token_dim": 16, "batch_tokens": 256, "batch_size": 4})
+    args = ["ablate.py", f"--dataset={shards}", f"--out={tmp_path}", "--steps=2", "--sequences=4", "--spans=1,0", "--only=seed=2"]
+    call(args)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["name"] for row in table] == ["default", "seed=2"]
+    found = model.find_checkpoint(tmp_path / "default_2")[1]
+    assert found["config"]["seed"] == 1 and model.find_checkpoint(tmp_path / "seed=2_2")[1]["config"]["seed"] == 2
+    idx = train.eval_windows(train.Windows(shards, "val", model.model_config(found), 300), 4)
+    whole = train.measure(model.load_model(found), idx, 4, diffusion.spans(64, 0))
+    assert table[0]["bounds"]["0"] == pytest.approx([whole["bound"], whole["bound_error"]])
+    monkeypatch.setattr(ablate.subprocess, "run", None)
+    call(args)
+    for wrong, words in (("--spans=x", "spans=x is not a list"), ("--only=x", "names no variant"), ("--sequences=1", "at least 2")):
+        assert words in call([*args, wrong], code=2).stderr

@@ -106,7 +106,7 @@ def test_conditioning_on_windows_of_one_token_each(small, capsys):
     """Window i is twelve times token i and the judge pays for nothing else: what it makes of the truth is known."""
     windows, judge = torch.arange(10)[:, None].expand(10, 12), Judge(uniform(50), cheap=1.0)
     bench = quality.Bench(small, None, windows, windows[:0, 0], judge, {"causal": judge}, torch.device("cpu"))
-    cfg = quality.Config(pairs=10, guidance="2", span=3)
+    cfg = quality.Config(pairs=10, guidance="2", blank=3)
     true, model, other = quality.blanks(cfg, bench)
     assert true["nats"] == pytest.approx(1) and true["worse"] == 0
     assert other["worse"] == pytest.approx((math.log(50) - 1) * 3 / 12, rel=1e-5) and other["worse_error"] < 1e-6
@@ -242,7 +242,7 @@ def test_without_the_package_there_is_no_mauve(trained, shards, twin, monkeypatc
     ([f"--out={__file__}"], "cannot be a folder"),
     (["--samples=1"], "samples=1 is less than 2; 0 leaves it out"),
     (["--samples=9999999"], "held-out windows"),
-    (["--span=15"], "span=15")])
+    (["--blank=15"], "blank=15")])
 def test_mistakes_get_one_line(args, words, trained, shards):
     out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", *SMALL, *args], code=2)
     assert words in out.stderr and out.stdout == "" and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1

@@ -59,7 +59,7 @@ def test_a_batch_does_not_depend_on_how_it_is_cut(windows):
 
 
 def test_noise_levels_are_stratified_over_the_step_and_one_for_a_turn(windows):
-    batch = train.make_batch(config("--p_whole=1", "--p_given=0"), windows, 3, range(8), "cpu")
+    batch = train.make_batch(config("--span_size=0", "--p_given=0"), windows, 3, range(8), "cpu")
     assert (batch.t == batch.t[:, :1]).all() and not batch.group.any()
     assert sorted(((batch.t[:, 0] - 1) * 8 // 1000).tolist()) == list(range(8))
     cfg = config("--p_whole=0", "--p_given=0.5")
@@ -228,7 +228,7 @@ def test_evaluation_is_logged_and_printed(shards, tmp_path):
     (["--n_embd=33"], "n_embd=33 is not a multiple of 2 * n_head=4; try 32"),
     (["--learning_rte=1"], "learning_rate"),
     (["--p_given=0.9", "--p_whole=0.9"], "add up to more than 1"),
-    (["--span_size=17"], "span_size=17 is not between 0"),
+    (["--span_size=17"], "span_size=17 is not between 0"), (["--p_whole=1", "--p_given=0"], "use --span_size=0"),
     (["--device=cuda"], "sees no CUDA device"),
     (["--schedule=quadratic"], "use one of gumbel, linear, cosine, sqrt"),
     (["--dataset=nowhere"], "prepare_fineweb.py"),
