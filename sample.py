@@ -233,13 +233,13 @@ def main(cfg):
             watch, seen = progress(cfg, encoding, steps)
             made = sample(model, cfg, canvas, numbers, watch)
             branches = 2 if prompt.strip() and cfg.guidance_scale != 1 else 1
-            tokens, calls, readings = tokens + made.numel(), calls + len(seen) * branches, readings + turns * branches
+            tokens, calls, readings = tokens + len(made) * int((~canvas[1]).sum()), calls + len(seen) * branches, readings + turns * branches
             given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
             for number, ids in zip(numbers, made.tolist(), strict=True):
                 write(cfg, prompt, number, encoding.decode(ids[given:]))
     seconds = time.perf_counter() - started
-    say(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls and {readings} readings of "
-        "what was written before")
+    say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls and {readings} "
+        f"reading{'s' * (readings != 1)} of what stood before")
 
 
 def write(cfg, prompt, number, text):
