@@ -34,6 +34,7 @@ class Config(ModelConfig):
     # what is noised
     p_given: float = 0.2                 # share of sequences in which a prefix, spans or single tokens are given
     p_whole: float = 0.1                 # share that is denoised as a whole, not span by span
+    span_warmup: float = 0.4             # share of the steps, the first, with spans of one token only: they teach the longer
     self_conditioning: float = 0.5       # share that sees a first guess of x_0; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
@@ -61,7 +62,7 @@ class Config(ModelConfig):
         for names, low, high in (
                 ("batch_size batch_tokens max_steps log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
-                ("p_given p_whole self_conditioning conditioning_dropout ema_decay", 0, 1),
+                ("p_given p_whole span_warmup self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate", 1e-12, 1e3)):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
@@ -236,15 +237,18 @@ def choose_given(T, rng):
     return given
 
 
-def choose_turns(cfg, rng):
+def choose_turns(cfg, step, rng):
     """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of 1, 2, 4 ...
-    span_size tokens, and twice as often of one, the best teacher; or in such spans between tokens that are given."""
+    span_size tokens, and twice as often of one, the best teacher; or in such spans between tokens that are given. In the
+    first steps (span_warmup) every span is of one token."""
     T, kind = cfg.block_size, torch.rand((), generator=rng).item()
     sizes = [1, *(2 ** k for k in range(cfg.span_size.bit_length()) if 2 ** k < cfg.span_size), cfg.span_size or T]
-    span = sizes[int(torch.randint(len(sizes), (), generator=rng))] if cfg.span_size else T
+    span, whole = sizes[int(torch.randint(len(sizes), (), generator=rng))] if cfg.span_size else T, T
+    if cfg.span_size and step < cfg.span_warmup * cfg.max_steps:
+        span = whole = 1
     if kind < cfg.p_given:
         return torch.where(choose_given(T, rng), 0, 1 + diffusion.spans(T, span))
-    return diffusion.spans(T, T if kind < cfg.p_given + cfg.p_whole else span)
+    return diffusion.spans(T, whole if kind < cfg.p_given + cfg.p_whole else span)
 
 
 def noise_levels(cfg, step, i, group):
@@ -262,7 +266,7 @@ def make_sample(cfg, windows, step, i, device):
     epoch, place = divmod(step * cfg.samples + i, len(windows))
     idx, before = windows[permute(place, len(windows), mix(cfg.seed, epoch))]
     rng = generator("cpu", cfg.seed, step, i)
-    group = choose_turns(cfg, rng)
+    group = choose_turns(cfg, step, rng)
     drop, share = torch.rand(2, generator=rng).tolist()
     visible = 0 if drop < cfg.conditioning_dropout else min(len(before), 1 + int(share * P))
     prompt = F.pad(before, (P - len(before), 0))

@@ -25,6 +25,7 @@ VARIANTS = {
     "objective=eps": dict(objective="eps"),
     "schedule=linear": dict(schedule="linear"), "schedule=cosine": dict(schedule="cosine"), "schedule=sqrt": dict(schedule="sqrt"),
     "spans=1": dict(span_size=1, p_whole=0.0, p_given=0.0), "spans=16": dict(span_size=16), "spans=0": dict(span_size=0),
+    "warmup=0": dict(span_warmup=0.0), "warmup=0.7": dict(span_warmup=0.7),
     "given=0": dict(p_given=0.0), "given=0.5": dict(p_given=0.5), "whole=0": dict(p_whole=0.0),
     "one clock": dict(span_size=0, p_given=0.0),
     "self_conditioning=0": dict(self_conditioning=0.0), "self_conditioning=0 seed=2": dict(self_conditioning=0.0, seed=2),
