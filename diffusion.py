@@ -170,15 +170,9 @@ def sample_constrained_ddim(denoise, x_T, alpha_bar, x_known, known, steps=50, e
 
 # ---- from a network to a denoise ----
 
-def guided(network, null_network, scale):
-    """Classifier-free guidance on the output: null + scale * (prompted - null) (Ho & Salimans 2022); 1 is no guidance."""
-    if scale == 1:
-        return network
-
-    def output(*inputs):
-        null = null_network(*inputs)
-        return null + scale * (network(*inputs) - null)
-    return output
+def guide(prompted, null, scale):
+    """Classifier-free guidance on the network's output, null + scale * (prompted - null) (Ho & Salimans 2022); 1 is none."""
+    return null + scale * (prompted - null)
 
 
 def read_logits(table, temperature=1.0):

@@ -74,7 +74,7 @@ def visible(group, start, end, relation):
 
 class Past(NamedTuple):
     """Clean tokens as each block has read them, for n tokens that are written after them."""
-    blocks: list                   # of each: what its convolution reads (B, T, n_embd), keys and values (B, H, T, D)
+    blocks: list                   # of each: what its convolution reads (B, T, n_embd), keys and values (B, H, T, D), the prompt's
     attend: torch.Tensor           # (B, 1, n, T + n) of n noisy tokens: which clean ones, then which noisy ones they see
     near: tuple                    # the same for the convolution: two of (B, n, KERNEL)
     start: int                     # place of the first noisy token
@@ -104,7 +104,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, n, n_embd) -> x, and what a later group reads of it: three fields of Past.blocks."""
+    """x (B, n, n_embd) -> x, and what a later turn reads of it: an element of Past.blocks. The prompt's keys and values are
+    those of `past`, if there is one. With only_left, as for the last block of clean tokens, whose x nobody reads, None for x."""
 
     def __init__(self, cfg, cross):
         super().__init__()
@@ -123,7 +124,7 @@ class Block(nn.Module):
         taps = (x[:, i:i + n] * self.local[i] for i in range(KERNEL))
         return sum(taps if near is None else (tap * near[..., i:i + 1] for i, tap in enumerate(taps)))
 
-    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, start=0):
+    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, start=0, only_left=False):
         scale1, shift1, gate1, scale2, shift2, gate2 = (noise + self.offset).chunk(6, -1)
         local = norm(x)
         x = x + self.mix(pad(local), near[-1])
@@ -131,13 +132,16 @@ class Block(nn.Module):
             x = x + self.mix(pad(past[0])[:, start:start + x.size(1) + KERNEL - 1], near[0])
         y = norm(x) * (1 + scale1) + shift1
         k, v = own = self.attn.keys(y, pos)
+        crossed = () if self.cross is None else self.cross.keys(context, context_pos) if past is None else past[3:]
+        if only_left:
+            return None, (local, *own, *crossed)
         if past is not None:
-            k, v = (torch.cat(both, 2) for both in zip(past[1:], own, strict=True))
+            k, v = (torch.cat(both, 2) for both in zip(past[1:3], own, strict=True))
         x = x + gate1 * self.attn(y, pos, k, v, attend)
         if self.cross is not None:
-            x = x + self.cross_gate * self.cross(norm(x), pos, *self.cross.keys(context, context_pos), mask)
+            x = x + self.cross_gate * self.cross(norm(x), pos, *crossed, mask)
         y = norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(y))), (local, *own)
+        return x + gate2 * self.down(F.gelu(self.up(y))), (local, *own, *crossed)
 
 
 def pad(x):
@@ -213,21 +217,22 @@ class SunFish(nn.Module):
         """log unigram + log p(x_t | token) up to a constant: (B, T, V)."""
         return (self.precision(log_snr)[..., None] * x_t) @ E.T + self.log_unigram
 
-    def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None, past=None):
-        E = self.embedding()
+    def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None, past=None, E=None):
+        E = self.embedding() if E is None else E
         h = self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, past, E)
         return h if self.cfg.objective == "eps" else self.scores(h, E)
 
     def hidden(self, x_t, log_snr, x_prev, prompt, prompt_mask, past, E):
-        """What the scores are read from, or eps_hat for objective eps: (B, n, C) in float32, given E = embedding()."""
-        mean = x_t
+        """What the scores are read from, or eps_hat for objective eps: (B, n, C) in float32, given E = embedding(). Where the
+        prompt and the past have several rows for each of x_t, there are so many answers: (branches * B, n, C)."""
+        mean, signal, branches = x_t, None, 1 if prompt is None else len(prompt) // len(x_t)
         if self.cfg.objective != "eps":
             with torch.no_grad():
                 signal = self.precision(log_snr)[..., None] * x_t
                 mean = in_chunks(lambda x: (x @ E.T + self.log_unigram).softmax(-1) @ E, len(E), signal)
-        x = self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0]
-        h = self.write(norm(x)).float()
-        return h if self.cfg.objective == "eps" else h / math.sqrt(self.cfg.token_dim) + signal
+        inputs = (x.repeat(branches, *[1] * (x.ndim - 1)) for x in (mean, log_snr, x_prev))
+        h = self.write(norm(self.trunk(*inputs, prompt, prompt_mask, E, past)[0])).float()
+        return h if signal is None else h / math.sqrt(self.cfg.token_dim) + signal.repeat(branches, 1, 1)
 
     def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
         """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
@@ -239,27 +244,27 @@ class SunFish(nn.Module):
         (attend, near), (attend_own, near_own) = (visible(group, start, end, relation) for relation in (torch.lt, torch.eq))
         return Past(blocks, torch.cat((attend, attend_own[..., start:end]), -1), (near, near_own), start)
 
-    def add_to_past(self, past, idx, now, prompt=None, prompt_mask=None):
-        """past.blocks with those of the tokens idx (B, n) that were written just `now` (n,), of which `past` is the Past."""
-        def put(old, new, axis, mask):
-            before, here, after = old.split((past.start, idx.size(1), old.size(axis) - past.start - idx.size(1)), axis)
-            return torch.cat((before, torch.where(mask, new, here), after), axis)
-        new, mask = self.read_clean(idx, prompt, prompt_mask, past=past), now[:, None]
-        return [(put(a, x, 1, mask), put(b, k, 2, mask), put(c, v, 2, mask)) for (a, b, c), (x, k, v) in zip(past.blocks, new, strict=True)]
+    @torch.no_grad()
+    def add_to_past(self, past, idx, now, prompt=None, prompt_mask=None, E=None):
+        """Put those of the tokens idx (B, n) that were written just `now` (n,), of which `past` is the Past, into past.blocks."""
+        for old, new in zip(past.blocks, self.read_clean(idx, prompt, prompt_mask, E, past=past), strict=True):
+            for a, b in zip(old[:3], new[:3], strict=True):              # (B, T, n_embd), or (B, H, T, D)
+                here = a.narrow(-2, past.start, idx.size(1))
+                here.copy_(torch.where(now[:, None], b, here))
 
     def read_clean(self, idx, prompt, prompt_mask, E=None, **sight):
         """What each block leaves of clean tokens idx (B, n)."""
         E = self.embedding() if E is None else E
         level, x_0 = torch.full(idx.shape, math.inf, device=idx.device), E[idx]
-        return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight)[1]
+        return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight, clean=True)[1]
 
     def scores(self, h, E):
         """hidden (..., C) -> logits (..., V) in float32."""
         with torch.autocast(h.device.type, enabled=False):
             return h @ E.T + (self.log_unigram + self.bias)
 
-    def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None)):
-        """The last block's output (B, n, n_embd), and what each block leaves to a Past."""
+    def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None), clean=False):
+        """The last block's output (B, n, n_embd), but of `clean` tokens None, and what each block leaves to a Past."""
         B, n, _ = mean.shape
         x = self.read(torch.cat((mean, x_prev), -1)).float()             # (B, n, n_embd)
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
@@ -267,16 +272,16 @@ class SunFish(nn.Module):
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
         start = past.start if past else 0
         pos = torch.arange(start, start + n, device=x.device)
-        context, context_pos, mask = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1]), None
-        if prompt is not None:
+        context, context_pos = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1])
+        if prompt is not None and not past:
             context = torch.cat((context, self.prompt_in(E[prompt])), 1)
             context_pos = torch.cat((context_pos, torch.arange(-prompt.size(1), 0, device=x.device)))
-            mask = F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
+        mask = None if prompt is None else F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
         attend, *near = (past.attend, *past.near) if past else sight
         left = []
         for i, block in enumerate(self.blocks):
-            before = past.blocks[i] if past else None
-            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, start)
+            before, only_left = past.blocks[i] if past else None, clean and i == len(self.blocks) - 1
+            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, start, only_left)
             left.append(own)
         return x, left
 

@@ -60,7 +60,6 @@ import json                                                                     
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,22 +156,35 @@ def plan(cfg, model_cfg, known):
 
 
 class Reader:
-    """The network for one text turn by turn, with all but the tokens of `hidden` (T,) in sight. What its blocks have read of the
-    text stays, so that a turn costs its own tokens only."""
+    """The network for texts that are written turn by turn. What its blocks have read of them stays, so that a turn costs its own
+    tokens only.
 
-    def __init__(self, model, hidden, **prompted):
-        self.model, self.hidden, self.prompted, self.past = model, hidden, prompted, None
+    With guidance the texts stand there twice, in one batch: with all that is given, and without the prompt (B, P) and the
+    tokens of `begun` (T,). Both see the same noise, and their answers are weighed where the scores are read from.
+    """
 
-    def network(self, tokens, group, start, end):
-        """As `diffusion.generate` asks for it."""
-        model, seen = self.model, torch.where(self.hidden, LATER, group).expand(tokens.shape)
+    def __init__(self, model, table, prompt, begun, scale):
+        self.model, self.table, self.scale, self.past = model, table, scale, None
+        self.branches = 1 if scale == 1 else 2
+        self.hidden = torch.stack((torch.zeros_like(begun), begun))[:self.branches].repeat_interleave(len(prompt), 0)
+        seen = torch.ones_like(prompt, dtype=torch.bool)
+        self.rest = dict(prompt=prompt.repeat(self.branches, 1), prompt_mask=torch.cat((seen, ~seen)[:self.branches]), E=table)
+
+    def network_for(self, tokens, group, start, end):
+        """The network of the noisy tokens start .. end, as `diffusion.generate` asks for it."""
+        tokens, seen = tokens.repeat(self.branches, 1), torch.where(self.hidden, LATER, group)
         if self.past:
-            written = tokens[:, self.past.start:self.past.start + len(self.now)]
-            blocks = model.add_to_past(self.past, written, self.now, **self.prompted)
+            first, blocks = self.past.start, self.past.blocks
+            self.model.add_to_past(self.past, tokens[:, first:first + len(self.now)], self.now, **self.rest)
         else:
-            blocks = model.remember(tokens, seen, **self.prompted)
-        self.past, self.now = model.look_back(blocks, seen, start, end), group[start:end] == group[start]
-        return partial(model, past=self.past, **self.prompted)
+            blocks = self.model.remember(tokens, seen, **self.rest)
+        self.past, self.now = self.model.look_back(blocks, seen, start, end), group[start:end] == group[start]
+        return self.network
+
+    def network(self, x_t, log_snr, x_prev):
+        answers = self.model.hidden(x_t, log_snr, x_prev, past=self.past, **self.rest).chunk(self.branches)
+        answer = answers[0] if self.branches == 1 else diffusion.guide(*answers, self.scale)
+        return answer if self.model.cfg.objective == "eps" else self.model.scores(answer, self.table)
 
 
 @torch.no_grad()
@@ -184,18 +196,14 @@ def sample(model, cfg, canvas, numbers, watch=None):
     """
     device, B = model.table.device, len(numbers)
     idx, known, prompt = (part.to(device) for part in canvas)
-    idx, prompt = idx.expand(B, -1), prompt.expand(B, -1)
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     begun = known.cummin(0).values & ~known.all()                           # given, with nothing to write before it
-    prompted = Reader(model, torch.zeros_like(known), prompt=prompt, prompt_mask=torch.ones_like(prompt, dtype=torch.bool))
-    free, scale = Reader(model, begun), cfg.guidance_scale if prompt.size(1) or cfg.mode == "generate" and begun.any() else 1
-
-    def network_for(*turn):
-        return prompted.network(*turn) if scale == 1 else diffusion.guided(prompted.network(*turn), free.network(*turn), scale)
+    scale = cfg.guidance_scale if prompt.numel() or cfg.mode == "generate" and begun.any() else 1
+    network_for = Reader(model, table, prompt.expand(B, -1), begun, scale).network_for
     _, group, _, steps = plan(cfg, model.cfg, canvas[1])
     read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
-    return diffusion.generate(network_for, read, table, alpha_bar, idx, known, group.to(device), steps, cfg.eta, rng, watch)
+    return diffusion.generate(network_for, read, table, alpha_bar, idx.expand(B, -1), known, group.to(device), steps, cfg.eta, rng, watch)
 
 
 def main(cfg):

@@ -174,10 +174,8 @@ def test_noise_of_a_sample_does_not_depend_on_its_batch():
 
 
 def test_guidance_at_one_is_the_network_and_extrapolates_beyond():
-    def network(*_): return torch.tensor([3.0])
-    def null(*_): return torch.tensor([1.0])
-    assert d.guided(network, null, 1) is network
-    assert d.guided(network, null, 2.5)() == 6.0 and d.guided(network, null, 0)() == 1.0
+    prompted, null = torch.tensor([3.0]), torch.tensor([1.0])
+    assert [d.guide(prompted, null, scale).item() for scale in (0, 1, 2.5)] == [1.0, 3.0, 6.0]
 
 
 def test_denoiser_carries_its_guess_and_marks_given_tokens():

@@ -54,7 +54,7 @@ def test_rows_have_one_length_and_padding_is_never_sampled(small):
     assert table.shape == (64, 16) and torch.allclose(table.norm(dim=-1), torch.tensor(4.0))
     x = torch.randn(2, 12, 16) * 4
     logits = small(x, torch.full((2, 12), 8.0), x)
-    guided = diffusion.guided(lambda *_: logits, lambda *_: logits.flip(0), 7.0)()
+    guided = diffusion.guide(logits, logits.flip(0), 7.0)
     assert logits.shape == (2, 12, 64)
     for scores in (logits, guided):
         assert (scores / 0.1).softmax(-1)[..., 50:].max() == 0 and (scores.argmax(-1) < 50).all()
@@ -106,9 +106,24 @@ def test_text_read_as_it_is_written_is_text_read_as_a_whole(small, group):
     for turn in range(3):
         start, end = (group[0] == turn).nonzero()[[0, -1]].flatten().tolist()
         past = small.look_back(blocks, group, start, end + 1)
-        blocks = small.add_to_past(past, idx[:, start:end + 1], group[0, start:end + 1] == turn, **prompted)
+        small.add_to_past(past, idx[:, start:end + 1], group[0, start:end + 1] == turn, **prompted)
     for made, whole in zip(blocks, small.remember(idx, group, **prompted), strict=True):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, whole, strict=True))
+
+
+def test_several_branches_in_one_call_are_several_calls(small):
+    """Rows of the prompt and the past that share their noise: the same answers as one after the other."""
+    torch.manual_seed(1)
+    idx, noisy, prompt, group = torch.randint(50, (2, 12)), torch.randn(2, 4, 16), torch.randint(50, (2, 3)), torch.arange(12) // 4
+    level, guess, E, answers, rows = torch.zeros(2, 4), torch.randn(2, 4, 16), small.embedding(), [], []
+    for seen, turns in ((True, group), (False, torch.where(group == 0, 9, group))):
+        rows.append((idx, turns.expand(2, -1), prompt, torch.full((2, 3), seen)))
+    for idx, turns, prompt, seen in (*rows, map(torch.cat, zip(*rows, strict=True))):
+        past = small.look_back(small.remember(idx, turns, prompt, seen), turns, 8, 12)
+        answers.append(small.hidden(noisy, level, guess, prompt, seen, past, E))
+    assert torch.allclose(torch.cat(answers[:2]), answers[2], atol=1e-5) and (answers[0] - answers[1]).abs().max() > 1e-3
+    scored = [small.scores(answer, E) for answer in answers[:2]]
+    assert torch.allclose(small.scores(diffusion.guide(*answers[:2], 3.0), E), diffusion.guide(*scored, 3.0), rtol=1e-4)
 
 
 def test_a_hidden_prompt_is_no_prompt_and_a_visible_one_matters(small):
