@@ -352,14 +352,23 @@ class Peak(TorchDispatchMode):
 
 
 def flops_per_token(model, self_conditioning, in_turns):
-    """FLOPs of training on one token: 6 for each weight of trunk and head, 2 more in the share with a first guess, 6 for
-    the trunk on the clean token, attention as 2 T n_embd more weights a layer, and the posterior mean as 4 for each weight
-    of the table and pass."""
+    """FLOPs of a training step per token: two for each multiply-add of its matrix products, forward, and twice that backward.
+
+    That is the noisy pass and its scores; if in_turns, the clean pass, of whose last block only keys and values are made; for
+    the share self_conditioning, a first guess, forward only; and the two products of the posterior mean, forward only.
+    """
     cfg, table = model.cfg, model.table.numel()
-    trunk = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim == 2)
-    attention = 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
-    clean = 6 * (trunk + attention) * in_turns
-    return clean + (6 + 2 * self_conditioning) * (trunk + attention * (1 + in_turns) + table) + (1 + self_conditioning) * 4 * table
+    d, C, T, context = cfg.n_embd, cfg.token_dim, cfg.block_size, 1 + cfg.prompt_size
+    crossed = cfg.n_layer // cfg.cross_every
+    attention = 2 * T * d
+    prompt = (crossed * 2 * d * d * context + C * d * cfg.prompt_size) / T
+    time = 32 * d + 3 * d * d
+    trunk = time + 3 * C * d + cfg.n_layer * (12 * d * d + attention) + crossed * (2 * d * d + 2 * context * d)
+    last = 10 * d * d + attention + C * d + (2 * d * d + 2 * context * d) * (cfg.n_layer % cfg.cross_every == 0)
+    past = cfg.n_layer * attention * in_turns
+    again = 0 if in_turns else prompt
+    return (6 * (prompt + (trunk - last) * in_turns + trunk + past + table)
+            + 2 * self_conditioning * (trunk + past + again + 2 * table) + 2 * (1 + self_conditioning) * 2 * table)
 
 
 def keep_memory():

@@ -15,6 +15,7 @@ import ablate           # noqa: E402
 import diffusion        # noqa: E402
 import model            # noqa: E402
 import prepare          # noqa: E402
+import speed            # noqa: E402
 import train            # noqa: E402
 import twins            # noqa: E402
 
@@ -124,3 +125,41 @@ def test_ablations_are_measured_on_the_same_windows_and_not_made_twice(shards, t
     call(args)
     for wrong, words in (("--spans=x", "spans=x is not a list"), ("--only=x", "names no variant"), ("--sequences=1", "at least 2")):
         assert words in call([*args, wrong], code=2).stderr
+
+
+def test_speed_puts_each_figure_beside_its_floor(tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text("""
+import torch
+class GPTConfig:
+    def __init__(self, **settings): self.__dict__.update(settings)
+class GPT(torch.nn.Linear):
+    def __init__(self, cfg): super().__init__(1, cfg.vocab_size)
+    def get_num_params(self): return 1000
+    def configure_optimizers(self, *_): return torch.optim.AdamW(self.parameters())
+    def forward(self, idx, targets): return None, self.weight.square().mean()
+""")
+    out = call(["speed.py", "--shapes=tiny", "--parts=train,sample,profile", "--vocab_size=300", "--batch_size=2", "--repeats=1",
+                "--tokens=16", "--steps=2", "--compile=false", f"--peer={tmp_path}", f"--out={tmp_path}"]).stdout
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    step, nanogpt, guided, plain, *_ = rows
+    assert "nanoGPT" in nanogpt["what"] and "step of 2 x 64" in step["what"] and "guided" in guided["what"] and "guided" not in plain["what"]
+    for row in (step, nanogpt, guided, plain):
+        assert row["seconds"] > row["floor"] > 0 and row["ratio"] == pytest.approx(row["seconds"] / row["floor"])
+    assert sum(share for share in rows[-1].values() if isinstance(share, float)) == pytest.approx(1)
+    assert rows[-1]["matrix products"] > 0.1 and "where a step's time goes" in out
+
+
+@pytest.mark.parametrize("args, word", [(["--shapes=huge"], "there are full, micro"), (["--parts=walk"], "walk is unknown"),
+                                        (["--peer=/nowhere"], "clone github.com/karpathy/nanoGPT"), (["--repeats=0"], "must be positive")])
+def test_speed_refuses_wrong_settings(args, word):
+    assert word in call(["speed.py", *args], code=2).stderr
+
+
+def test_the_floor_of_a_sampling_call_is_its_matrix_products(small):
+    from test_train import CountFlops, SDPBackend, sdpa_kernel
+    prompt, x = torch.zeros(2, 6, dtype=torch.int64), torch.randn(1, 12, 16)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), CountFlops() as count:
+        h, _ = small.hidden(x, torch.zeros(1, 12), x, prompt, prompt == 0, None, small.embedding()).chunk(2)
+        diffusion.read_logits(small.embedding())(small.scores(h, small.embedding()), None, None)
+    keys = 2 * 2 * (2 * 2 * 32 * 32 * 7 + 6 * 16 * 32)              # of the prompt, once a text; in two blocks of two branches
+    assert count.total - keys == pytest.approx(speed.call_flops(small.cfg, 50, 12, 2), rel=0.02)

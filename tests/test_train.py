@@ -11,12 +11,15 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SIZE, call, losses, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import configurator
 import diffusion
 import model
 import train
-from model import SunFish, read_checkpoint
+from model import SunFish, flops_per_token, read_checkpoint
 
 def config(*args):
     return configurator.load(train.Config, [*SIZE, *args])
@@ -95,6 +98,28 @@ def test_prompts_are_the_tokens_before_and_sometimes_withheld(windows):
     assert batch.prompt.shape == (8, 8)
     withheld = train.make_batch(config("--conditioning_dropout=1"), windows, 0, range(8), "cpu")
     assert not withheld.prompt_mask.any()
+
+
+class CountFlops(TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        made = f(*args, **(kwargs or {}))
+        if f.overloadpacket in flop_registry:
+            self.total += flop_registry[f.overloadpacket](*args, **(kwargs or {}), out_val=made)
+        return made
+
+
+@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--self_conditioning=0"], ["--cross_every=3", "--n_embd=128"]])
+def test_flops_are_those_of_the_matrix_products_of_a_step(args):
+    cfg = config("--n_layer=3", "--n_embd=64", "--token_dim=32", "--block_size=32", *args)
+    net, group = SunFish(cfg, 300), torch.arange(32).expand(2, -1) // 4
+    ids, prompt = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
+    batch = train.Batch(ids, group, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, int(2 * cfg.self_conditioning))
+    with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:           # attention as products that can be counted
+        loss, fit = train.DenoisingLoss(net, cfg)(batch)
+        (loss.sum() + fit.sum()).backward()
+    assert flops_per_token(net, cfg.self_conditioning, cfg.in_turns) == pytest.approx(count.total / 64, rel=0.01)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(windows):

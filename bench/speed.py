@@ -1,0 +1,291 @@
+"""
+How fast SunFish trains and writes, each figure beside what the same machine could do at most, taken in the same run.
+
+    python bench/speed.py --shapes=tiny,micro --threads=2 --out=out/speed
+    python bench/speed.py --shapes=micro --parts=train --peer=../nanoGPT       # and nanoGPT's step, from a clone, at that shape
+
+rate: FLOP/s of the matrix products of a forward pass, alone, best of several. floor: FLOPs over that rate in the dtype of
+the trunk, as if there were nothing but products. ratio: time over floor. A training step's FLOPs are those of
+model.flops_per_token, with the first guess counted apart; MFU is them over time and the published peak of a GPU. Weights and
+text are random, so this needs no data.
+"""
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configurator import fail, load        # noqa: E402
+
+PARTS = ("train", "origin", "profile", "sample", "start")
+
+
+@dataclass(frozen=True)
+class Config:
+    shapes: str = "tiny,micro"       # comma list of files in config/
+    parts: str = ",".join(PARTS)     # comma list of what to measure
+    vocab_size: int = 50_257         # GPT-2's
+    batch_size: int = 0              # sequences at a time; 0 is the shape's own. An optimizer step is one such batch here
+    block_size: int = 0              # tokens in a window; 0 is the shape's own
+    repeats: int = 5                 # measured steps, after two that are not; the median counts
+    tokens: int = 256                # of a text that is sampled
+    steps: int = 50                  # denoising steps for it
+    device: str = "auto"             # auto, cpu, cuda
+    dtype: str = "auto"              # auto, float32, bfloat16: of the trunk in training
+    compile: str = "auto"            # auto, true, false
+    threads: int = 0                 # 0 is one for each core
+    peer: str = ""                   # folder of a nanoGPT clone
+    out: str = ""                    # also write the numbers here, as speed.json
+
+    def check(self):
+        if self.vocab_size < 2 or self.repeats < 1 or min(self.batch_size, self.block_size, self.threads) < 0:
+            raise ValueError("vocab_size, repeats, batch_size, block_size and threads must be positive; 0 is the default of the last three")
+        for part in self.parts.split(","):
+            if part not in PARTS:
+                raise ValueError(f"parts={self.parts}: {part} is unknown; there are {', '.join(PARTS)}")
+        for shape in self.shapes.split(","):
+            if not (ROOT / "config" / f"{shape}.py").exists():
+                known = ", ".join(sorted(path.stem for path in (ROOT / "config").glob("*.py")))
+                raise ValueError(f"shapes={self.shapes}: there is no config/{shape}.py; there are {known}")
+        if self.peer and not (Path(self.peer) / "model.py").exists():
+            raise ValueError(f"peer={self.peer} has no model.py; clone github.com/karpathy/nanoGPT and name its folder")
+
+
+if __name__ == "__main__":
+    CFG = load(Config)
+
+import importlib.util                      # noqa: E402
+import json
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from functools import partial
+
+import torch
+import torch.nn as nn
+
+import sample
+import train
+from model import SCORES, SunFish, flops_per_token, keep_memory, peak_flops
+
+KINDS = {"matrix products": r"mm\b|linear|convolution", "attention": "attention", "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
+         "optimizer, clipping, average": "adam|lerp|norm|foreach", "copies": "copy_|::cat|::stack|clone|Memcpy", "noise": "normal_|rand"}
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(f, device, repeats, warmup=2, pick=statistics.median):
+    """The median, or another pick, of the seconds that f() takes."""
+    times = []
+    for _ in range(warmup + repeats):
+        start = clock(device)
+        f()
+        times.append(clock(device) - start)
+    return pick(times[warmup:])
+
+
+class Random:
+    """Windows as train.Windows has them, of random tokens."""
+
+    def __init__(self, cfg, vocab_size):
+        self.cfg, self.ids = cfg, torch.randint(vocab_size, (100, cfg.prompt_size + cfg.block_size))
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return self.ids[i, self.cfg.prompt_size:], self.ids[i, :self.cfg.prompt_size]
+
+
+class Origin(nn.Module):
+    """The trunk of the design that SunFish replaces, of public layers: attention over the window and to the prompt, and no head."""
+
+    def __init__(self, d=512, n_head=8, n_layer=8):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(d, n_head, 4 * d, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.trunk = nn.TransformerDecoder(layer, n_layer)
+
+    def forward(self, x_t, prompt):
+        return self.trunk(x_t, prompt)
+
+
+# ---- what is measured: each takes the settings, the shape, the machine and its rate, and returns rows ----
+
+def rate(shape, vocab_size, device, dtype, repeats=5):
+    """FLOP/s of the products of one forward pass over a batch: trunk, and scores in chunks as the model has them."""
+    d, M, V = shape.n_embd, shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
+    rows, total, took = max(1, min(M, SCORES // V)), 0, 0.0
+    products = [(M, d, d, 2 * shape.n_layer), (M, d, 2 * d, shape.n_layer), (M, d, 4 * d, shape.n_layer), (M, 4 * d, d, shape.n_layer),
+                (rows, shape.token_dim, V, M // rows)]
+    for m, k, n, times in products:
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+        took += times * seconds(lambda a=a, b=b: a @ b.T, device, repeats, pick=min)
+        total += times * 2 * m * k * n
+    return total / took
+
+
+def line(what, took, floor=None, **more):
+    """One figure, printed as a row of the table and returned."""
+    row = {"what": what, "seconds": took, **({"floor": floor, "ratio": took / floor} if floor else {}), **more}
+    beside = f"{floor:10.4f}{took / floor:8.2f}" if floor else " " * 18
+    print(f"{what:58}{took:10.4f}{beside}  " + "  ".join(f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in more.items()), flush=True)
+    return row
+
+
+def make_step(shape, vocab_size, device, dtype, compiled):
+    """A function that makes one optimizer step as train.py does."""
+    net, ema, windows = SunFish(shape, vocab_size).to(device), SunFish(shape, vocab_size).to(device), Random(shape, vocab_size)
+    model = train.DenoisingLoss(train.recompute_blocks(net, shape), shape)
+    model, optimizer = torch.compile(model) if compiled else model, train.make_optimizer(net, shape)
+    autocast, done = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32), iter(range(10 ** 9))
+
+    def step():
+        train.train_step(model, shape, windows, next(done), device, autocast)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        train.update_ema(ema, net, shape.ema_decay, 0)
+    return step, net
+
+
+def training(cfg, name, shape, device, dtype, compiled, rates):
+    step, net = make_step(shape, cfg.vocab_size, device, dtype, compiled)
+    took, tokens = seconds(step, device, cfg.repeats), shape.batch_tokens
+    flops = {part: tokens * flops_per_token(net, share, shape.in_turns) for part, share in (("all", shape.self_conditioning), ("plain", 0))}
+    peak = peak_flops(device)
+    mfu = {"MFU": flops["all"] / took / peak, "MFU_without_guess": flops["plain"] / took / peak} if peak else {}
+    what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
+    return [line(what, took, flops["all"] / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops["all"] / 1e12, **mfu)]
+
+
+def peer(cfg, name, shape, device, dtype, compiled, rates):
+    """nanoGPT's step at the same shape: its own model.py, optimizer and count of FLOPs."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(cfg.peer) / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    net = nanogpt.GPT(nanogpt.GPTConfig(block_size=shape.block_size, vocab_size=-(-cfg.vocab_size // 64) * 64, n_layer=shape.n_layer,
+                                        n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=False)).to(device)
+    optimizer, model = net.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type), torch.compile(net) if compiled else net
+    idx = torch.randint(cfg.vocab_size, (shape.batch_size, shape.block_size), device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    took, d = seconds(step, device, cfg.repeats), shape.n_embd
+    flops = 6 * (net.get_num_params() + 2 * shape.n_layer * shape.block_size * d) * idx.numel()
+    return [line(f"{name}: nanoGPT's step at that shape", took, flops / rates[dtype], tokens_per_second=idx.numel() / took, TFLOPs=flops / 1e12)]
+
+
+def origin(cfg, device):
+    """The old design's trunk, in float32 and eager as it was: a step of 4 x 256, and a guided denoising step of 256 tokens."""
+    net, prompt = Origin().to(device), torch.randn(4, 64, 512, device=device)
+    optimizer, x = torch.optim.AdamW(net.parameters()), torch.randn(4, 256, 512, device=device)
+
+    def step():
+        (net(x, prompt) - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    took = seconds(step, device, cfg.repeats)
+    rows = [line("origin's trunk without a head: step of 4 x 256, float32", took, tokens_per_second=1024 / took)]
+    with torch.no_grad():
+        took = seconds(lambda: [net(x[:1], prompt[:1]) for _ in range(2)], device, cfg.repeats)
+    return [*rows, line("origin's guided denoising step of 256 tokens", took)]
+
+
+def profile(cfg, name, shape, device, dtype, compiled):
+    """Shares of a step's time by kind of operation."""
+    step, _ = make_step(shape, cfg.vocab_size, device, dtype, compiled)
+    step()
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profiler:
+        step()
+    took = dict.fromkeys([*KINDS, "fused by the compiler", "the rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "the rest")
+        kind = "fused by the compiler" if re.search("cpp_fused|triton", event.key) else kind
+        took[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    total = sum(took.values())
+    print(f"{name}: where a step's time goes: " + ", ".join(f"{kind} {part / total:.0%}" for kind, part in took.items() if part / total > 0.005))
+    return [{"what": f"{name}: profile", **{kind: part / total for kind, part in took.items()}}]
+
+
+def call_flops(shape, vocab_size, tokens, branches):
+    """FLOPs of one call of the network on a whole text: the trunk for each branch; posterior mean, scores and guess once."""
+    d, C, table, context = shape.n_embd, shape.token_dim, shape.token_dim * -(-vocab_size // 64) * 64, 1 + shape.prompt_size
+    crossed = shape.n_layer // shape.cross_every
+    trunk = shape.n_layer * (12 * d * d + 2 * tokens * d) + crossed * (2 * d * d + 2 * context * d) + 3 * C * d + 32 * d + 3 * d * d
+    return 2 * tokens * (branches * trunk + 4 * table)
+
+
+def sampling(cfg, name, shape, device, rates):
+    """Texts of cfg.tokens tokens after a prompt, all at once as the origin writes, and in spans."""
+    shape, rows = replace(shape, block_size=cfg.tokens, span_size=min(8, cfg.tokens)), []
+    model = SunFish(shape, cfg.vocab_size).to(device).eval().requires_grad_(False)
+    prompt = torch.randint(cfg.vocab_size, (shape.prompt_size,))
+    canvas = torch.zeros(cfg.tokens, dtype=torch.int64), torch.zeros(cfg.tokens, dtype=torch.bool), prompt
+    for span, steps, guidance, n in ((0, cfg.steps, 2.0, 1), (0, cfg.steps, 1.0, 1), (0, cfg.steps, 2.0, 4), (1, cfg.tokens, 2.0, 1),
+                                     (8, max(cfg.steps, cfg.tokens), 2.0, 1)):
+        settings = sample.Config(span_size=span, steps=steps, guidance_scale=guidance)
+        took = seconds(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)), device, max(1, cfg.repeats // 2), 1)
+        floor = n * steps * call_flops(shape, cfg.vocab_size, cfg.tokens, 1 + (guidance != 1)) / rates[torch.float32] if span == 0 else None
+        what = f"{name}: {n} x {cfg.tokens} tokens, {steps} steps, " + (f"spans of {span}" if span else "all at once") + ", guided" * (guidance != 1)
+        rows.append(line(what, took, floor, ms_a_step=1000 * took / steps, tokens_per_second=n * cfg.tokens / took))
+    return rows
+
+
+def starting(cfg):
+    """From the command to its first output, of new processes on a CPU."""
+    def run(*command):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True)
+        if done.returncode:
+            fail(f"{' '.join(command)}: {done.stderr.strip()}", code=1)
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"sample.py --help": ("sample.py", "--help"), "train.py --help": ("train.py", "--help"),
+                    "train.py config/tiny.py, one step and a sample": (
+                        "train.py", "config/tiny.py", "--device=cpu", "--max_steps=1", "--eval_sequences=2", f"--out_dir={folder}"),
+                    "sample.py, 32 tokens of tiny": ("sample.py", f"--checkpoint={folder}", "--device=cpu", "--seq_len=32")}
+        return [line(what, seconds(partial(run, *command), torch.device("cpu"), 1, 0)) for what, command in commands.items()]
+
+
+def main(cfg):
+    keep_memory()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    parts, result, rows = cfg.parts.split(","), {"settings": asdict(cfg), "torch": torch.__version__}, []
+    for name in cfg.shapes.split(","):
+        shape = load(train.Config, [str(ROOT / "config" / f"{name}.py")])
+        shape = replace(shape, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size or shape.batch_size,
+                        block_size=cfg.block_size or shape.block_size)
+        shape = replace(shape, batch_tokens=shape.batch_size * shape.block_size)
+        device, dtype, compiled = train.choose_machine(shape)
+        cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
+        print(f"{name}: {shape.n_layer} layers of {shape.n_embd}, vocabulary {cfg.vocab_size:,}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else ""))
+        rates = {kind: rate(shape, cfg.vocab_size, device, kind) for kind in (torch.float32, torch.bfloat16)}
+        result[f"{name}_rates"] = {str(kind)[6:]: value for kind, value in rates.items()}
+        print("products alone: " + ", ".join(f"{str(kind)[6:]} {value / 1e9:,.0f} GFLOP/s" for kind, value in rates.items()))
+        print(f"{'':58}{'seconds':>10}{'floor':>10}{'ratio':>8}")
+        rows += training(cfg, name, shape, device, dtype, compiled, rates) if "train" in parts else []
+        rows += peer(cfg, name, shape, device, dtype, compiled, rates) if cfg.peer else []
+        rows += sampling(cfg, name, shape, device, rates) if "sample" in parts else []
+        rows += profile(cfg, name, shape, device, dtype, compiled) if "profile" in parts else []
+    rows += origin(cfg, device) if "origin" in parts else []
+    rows += starting(cfg) if "start" in parts else []
+    if cfg.out:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "speed.json").write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(CFG)
