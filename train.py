@@ -120,6 +120,7 @@ import re
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -717,15 +718,27 @@ def micro_batches(cfg, i, n):
     return [range(first, first + B) for first in range(i * B, cfg.samples, n * B)]
 
 
-def train_step(model, cfg, windows, step, device, autocast):
-    """Gradients of one optimizer step over all processes; returns the mean loss of a token and the seconds that this
-    process waited for data."""
-    total, waited, batches = torch.zeros(1, device=device), 0.0, micro_batches(cfg, rank(), world_size())
-    for samples in batches:
+def batches_ahead(cfg, windows, start, device):
+    """The batches of this process for the steps from `start` on, each made by a thread while the one before is at work."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = None
+        for step in range(start, cfg.max_steps):
+            for samples in micro_batches(cfg, rank(), world_size()):
+                now, ahead = ahead, thread.submit(make_batch, cfg, windows, step, samples, device)
+                if now:
+                    yield now.result()
+        yield ahead.result()
+
+
+def train_step(model, cfg, batches, device, autocast):
+    """Gradients of one optimizer step over all processes, from the next of `batches`; returns the mean loss of a token and the
+    seconds that this process waited for data."""
+    total, waited, n = torch.zeros(1, device=device), 0.0, len(micro_batches(cfg, rank(), world_size()))
+    for i in range(n):
         clock = time.perf_counter()
-        batch = make_batch(cfg, windows, step, samples, device)
+        batch = next(batches)
         waited += time.perf_counter() - clock
-        unsynced = getattr(model, "no_sync", contextlib.nullcontext) if samples != batches[-1] else contextlib.nullcontext
+        unsynced = getattr(model, "no_sync", contextlib.nullcontext) if i < n - 1 else contextlib.nullcontext
         with unsynced():
             with autocast():
                 loss, fit = model(batch)
@@ -818,11 +831,12 @@ def main(cfg):
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
     peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning, cfg.in_turns)
     stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
+    batches = batches_ahead(cfg, train_windows, start, device)
     for step in range(start, cfg.max_steps):
         clock = time.perf_counter()
         lr = set_learning_rate(optimizer, cfg, step)
         try:
-            loss, waited = train_step(model, cfg, train_windows, step, device, autocast)
+            loss, waited = train_step(model, cfg, batches, device, autocast)
             grad_norm = whole(nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf)).item()
             if not math.isfinite(loss + grad_norm):
                 fail(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at lr {lr:.2e}; nothing was updated; resume "

@@ -141,13 +141,14 @@ def line(what, took, floor=None, **more):
 
 def make_step(shape, vocab_size, device, dtype, compiled):
     """A function that makes one optimizer step as train.py does."""
-    net, ema, windows = SunFish(shape, vocab_size).to(device), SunFish(shape, vocab_size).to(device), Random(shape, vocab_size)
+    net, ema = (SunFish(shape, vocab_size).to(device) for _ in range(2))
+    batches = train.batches_ahead(shape, Random(shape, vocab_size), 0, device)
     model = train.DenoisingLoss(train.recompute_blocks(net, shape), shape)
     model, optimizer = torch.compile(model) if compiled else model, train.make_optimizer(net, shape)
-    autocast, done = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32), iter(range(10 ** 9))
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def step():
-        train.train_step(model, shape, windows, next(done), device, autocast)
+        train.train_step(model, shape, batches, device, autocast)
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -269,7 +269,7 @@ def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypat
     monkeypatch.setattr(train, "make_batch", lambda *args: (time.sleep(0.1), make_batch(*args))[1])
     out = call([*command, "--max_steps=2"]).stdout
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert row["step_ms"] > row["data_ms"] > 200 and f"data {row['data_ms']:.0f} ms" in out      # two batches a step
+    assert row["step_ms"] > row["data_ms"] > 150 and f"data {row['data_ms']:.0f} ms" in out      # two batches, made ahead of little work
 
 
 @pytest.mark.parametrize("how, words", [

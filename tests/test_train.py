@@ -61,6 +61,15 @@ def test_a_batch_does_not_depend_on_how_it_is_cut(windows):
     assert rows([whole]) != rows([train.make_batch(cfg, windows, 6, range(8), "cpu")])
 
 
+def test_batches_made_ahead_are_those_of_their_steps(windows):
+    cfg = config("--max_steps=5")
+    made = list(train.batches_ahead(cfg, windows, 3, "cpu"))
+    want = [train.make_batch(cfg, windows, step, samples, "cpu") for step in (3, 4) for samples in train.micro_batches(cfg, 0, 1)]
+    assert len(made) == 4
+    for a, b in zip(made, want, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:-1], b[:-1], strict=True)) and a.guesses == b.guesses
+
+
 def test_noise_levels_are_stratified_over_the_step_and_one_for_a_turn(windows):
     batch = train.make_batch(config("--span_size=0", "--p_given=0"), windows, 3, range(8), "cpu")
     assert (batch.t == batch.t[:, :1]).all() and not batch.group.any()
@@ -128,7 +137,7 @@ def test_accumulated_gradients_are_those_of_one_batch(windows):
         cfg = config(f"--batch_size={size}")
         torch.manual_seed(0)
         model = SunFish(cfg, 300)
-        loss, _ = train.train_step(train.DenoisingLoss(model, cfg), cfg, windows, 0, "cpu", contextlib.nullcontext)
+        loss, _ = train.train_step(train.DenoisingLoss(model, cfg), cfg, train.batches_ahead(cfg, windows, 0, "cpu"), "cpu", contextlib.nullcontext)
         grads.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
     for a, b in zip(grads[0][1], grads[1][1], strict=True):
@@ -317,7 +326,7 @@ def test_scores_in_chunks_give_the_loss_and_gradients_of_scores_as_a_whole(windo
         torch.manual_seed(0)
         net = SunFish(cfg, 300)
         with model.Peak(torch.device("cpu")) as peak:
-            loss, _ = train.train_step(train.DenoisingLoss(net, cfg), cfg, windows, 0, "cpu", contextlib.nullcontext)
+            loss, _ = train.train_step(train.DenoisingLoss(net, cfg), cfg, train.batches_ahead(cfg, windows, 0, "cpu"), "cpu", contextlib.nullcontext)
         found.append((loss, peak.largest, [p.grad for p in net.parameters() if p.grad is not None]))
     (whole, largest, grads), (chunked, small, others) = found
     assert largest >= 8 * 16 * 320 * 4 > small
