@@ -6,7 +6,6 @@ A script declares one dataclass of int, float, bool and str fields, one line a s
 files hold `name = value` lines and are read, never run. A mistake ends the script with one line and exit code 2.
 """
 import ast
-import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -75,8 +74,7 @@ def fail(message, code=2) -> typing.NoReturn:
     torchrun then ends the others before they repeat it.
     """
     if int(os.environ.get("LOCAL_RANK", "0")):
-        with contextlib.suppress(ValueError):           # only the main thread may
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print("error:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -230,9 +230,10 @@ class SunFish(nn.Module):
             with torch.no_grad():
                 signal = self.precision(log_snr)[..., None] * x_t
                 mean = in_chunks(lambda x: (x @ E.T + self.log_unigram).softmax(-1) @ E, len(E), signal)
-        inputs = (x.repeat(branches, *[1] * (x.ndim - 1)) for x in (mean, log_snr, x_prev))
-        h = self.write(norm(self.trunk(*inputs, prompt, prompt_mask, E, past)[0])).float()
-        return h if signal is None else h / math.sqrt(self.cfg.token_dim) + signal.repeat(branches, 1, 1)
+        if branches > 1:
+            mean, log_snr, x_prev = (torch.cat([x] * branches) for x in (mean, log_snr, x_prev))
+        h = self.write(norm(self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0])).float()
+        return h if signal is None else h / math.sqrt(self.cfg.token_dim) + (signal if branches == 1 else torch.cat([signal] * branches))
 
     def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
         """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
@@ -351,6 +352,13 @@ class Peak(TorchDispatchMode):
         self.most, self.largest = max(self.most, self.now), max(self.largest, size)
 
 
+def trunk_products(cfg, T):
+    """Multiply-adds of the trunk's matrix products for one of T tokens that all see each other, keys of the prompt aside."""
+    d, crossed = cfg.n_embd, cfg.n_layer // cfg.cross_every
+    return (cfg.n_layer * (12 * d * d + 2 * T * d) + crossed * (2 * d * d + 2 * (1 + cfg.prompt_size) * d)     # attention and MLP
+            + 3 * cfg.token_dim * d + 32 * d + 3 * d * d)                                              # read, write; noise level
+
+
 def flops_per_token(model, self_conditioning, in_turns):
     """FLOPs of a training step per token: two for each multiply-add of its matrix products, forward, and twice that backward.
 
@@ -358,14 +366,10 @@ def flops_per_token(model, self_conditioning, in_turns):
     the share self_conditioning, a first guess, forward only; and the two products of the posterior mean, forward only.
     """
     cfg, table = model.cfg, model.table.numel()
-    d, C, T, context = cfg.n_embd, cfg.token_dim, cfg.block_size, 1 + cfg.prompt_size
-    crossed = cfg.n_layer // cfg.cross_every
-    attention = 2 * T * d
-    prompt = (crossed * 2 * d * d * context + C * d * cfg.prompt_size) / T
-    time = 32 * d + 3 * d * d
-    trunk = time + 3 * C * d + cfg.n_layer * (12 * d * d + attention) + crossed * (2 * d * d + 2 * context * d)
-    last = 10 * d * d + attention + C * d + (2 * d * d + 2 * context * d) * (cfg.n_layer % cfg.cross_every == 0)
-    past = cfg.n_layer * attention * in_turns
+    d, C, T, P = cfg.n_embd, cfg.token_dim, cfg.block_size, cfg.prompt_size
+    trunk, past = trunk_products(cfg, T), 2 * T * d * cfg.n_layer * in_turns
+    prompt = (cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) + C * d * P) / T
+    last = 10 * d * d + 2 * T * d + C * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
     again = 0 if in_turns else prompt
     return (6 * (prompt + (trunk - last) * in_turns + trunk + past + table)
             + 2 * self_conditioning * (trunk + past + again + 2 * table) + 2 * (1 + self_conditioning) * 2 * table)

@@ -166,13 +166,15 @@ class Reader:
     def __init__(self, model, table, prompt, begun, scale):
         self.model, self.table, self.scale, self.past = model, table, scale, None
         self.branches = 1 if scale == 1 else 2
-        self.hidden = torch.stack((torch.zeros_like(begun), begun))[:self.branches].repeat_interleave(len(prompt), 0)
+        self.unseen = torch.stack((torch.zeros_like(begun), begun))[:self.branches].repeat_interleave(len(prompt), 0)
         seen = torch.ones_like(prompt, dtype=torch.bool)
         self.rest = dict(prompt=prompt.repeat(self.branches, 1), prompt_mask=torch.cat((seen, ~seen)[:self.branches]), E=table)
 
     def network_for(self, tokens, group, start, end):
         """The network of the noisy tokens start .. end, as `diffusion.generate` asks for it."""
-        tokens, seen = tokens.repeat(self.branches, 1), torch.where(self.hidden, LATER, group)
+        tokens, seen = tokens.repeat(self.branches, 1), torch.where(self.unseen, LATER, group)
+        if (group == group[0]).all():                   # all at once: there is nothing to look back to
+            return self.network
         if self.past:
             first, blocks = self.past.start, self.past.blocks
             self.model.add_to_past(self.past, tokens[:, first:first + len(self.now)], self.now, **self.rest)
@@ -240,8 +242,7 @@ def main(cfg):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch, seen = progress(cfg, encoding, steps)
             made = sample(model, cfg, canvas, numbers, watch)
-            branches = 2 if prompt.strip() and cfg.guidance_scale != 1 else 1
-            tokens, calls, readings = tokens + len(made) * int((~canvas[1]).sum()), calls + len(seen) * branches, readings + turns * branches
+            tokens, calls, readings = tokens + len(made) * int((~canvas[1]).sum()), calls + len(seen), readings + turns
             given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
             for number, ids in zip(numbers, made.tolist(), strict=True):
                 write(cfg, prompt, number, encoding.decode(ids[given:]))

@@ -5,9 +5,9 @@ Train SunFish: pre-tokenized shards in, checkpoints and a log out.
     python train.py config/micro.py --device=cpu            # 41.6M parameters
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
-The data order and all noise are functions of (seed, step, index of the sample in its step), so a run that stops at a
-checkpoint and resumes is the run that never stopped, on any number of processes, and nothing but the step number has to
-be remembered. The network and its loss know nothing of processes: `distribute` wraps them, and a step sums its numbers.
+The data order and all noise are functions of the settings and of (seed, step, index of the sample in its step), so a run that
+stops at a checkpoint and resumes is the run that never stopped, on any number of processes, and nothing but the step number
+has to be remembered. The network and its loss know nothing of processes: `distribute` wraps them, and a step sums its numbers.
 """
 import os
 import signal
@@ -120,6 +120,7 @@ import re
 import shutil
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -181,15 +182,22 @@ class Windows:
         return int(self.ends[-1])
 
     def __getitem__(self, i):
-        """Window i as (ids (block_size,), the ids before it (at most prompt_size,)), both int64."""
+        """As `read`, but a damaged window ends the program."""
+        try:
+            return self.read(i)
+        except ValueError as error:
+            fail(error)
+
+    def read(self, i):
+        """Window i as (ids (block_size,), the ids before it (at most prompt_size,)), both int64; ValueError if it is damaged."""
         k = int(np.searchsorted(self.ends, i, side="right"))
         start = (i - (int(self.ends[k - 1]) if k else 0)) * self.cfg.block_size
         before = max(0, start - self.cfg.prompt_size)
         ids = self.shards[k][before:start + self.cfg.block_size].astype(np.int64)
         if ids.max() >= self.vocab_size:
             at = int((ids >= self.vocab_size).argmax())
-            fail(f"{self.paths[k]}: id {ids[at]} at token {before + at} is not below the vocabulary of "
-                 f"{self.vocab_size}; these shards were made with another tokenizer, prepare them again")
+            raise ValueError(f"{self.paths[k]}: id {ids[at]} at token {before + at} is not below the vocabulary of "
+                             f"{self.vocab_size}; these shards were made with another tokenizer, prepare them again")
         ids = torch.from_numpy(ids)
         return ids[start - before:], ids[:start - before]
 
@@ -265,7 +273,7 @@ def make_sample(cfg, windows, step, i, device):
     """Sample i of an optimizer step: the tensors of a Batch, without the leading B."""
     T, P = cfg.block_size, cfg.prompt_size
     epoch, place = divmod(step * cfg.samples + i, len(windows))
-    idx, before = windows[permute(place, len(windows), mix(cfg.seed, epoch))]
+    idx, before = windows.read(permute(place, len(windows), mix(cfg.seed, epoch)))
     rng = generator("cpu", cfg.seed, step, i)
     group = choose_turns(cfg, step, rng)
     drop, share = torch.rand(2, generator=rng).tolist()
@@ -393,7 +401,7 @@ def measure(model, idx, batch_size, group=None, bands=8, curve=32):
     def predict_for(part):
         turns = group.expand(part.shape)
         past = model.look_back(model.remember(part, turns), turns) if group.any() else None
-        return diffusion.two_pass(partial(model, past=past), read)
+        return diffusion.two_pass(partial(model, past=past, E=table), read)
     some = idx[::-(-len(idx) // curve)]
     return {**diffusion.estimate_bound(predict_for, table, idx, group, alpha_bar, batch_size),
             "ce_by_noise": diffusion.ce_by_noise(predict_for, free, table, some, alpha_bar, batch_size, bands)}
@@ -466,7 +474,8 @@ def check_resumable(cfg, data, checkpoint):
     """Refuse another network or other data than the checkpoint's; print what else differs."""
     before = checkpoint["config"]
     fixed = {f.name for f in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens"}     # network and data order
-    changed = [name for name in before if name != "resume" and before[name] != getattr(cfg, name, before[name])]
+    before = {f.name: before.get(f.name, "no setting") for f in dataclasses.fields(cfg)}
+    changed = [name for name in before if name != "resume" and before[name] != getattr(cfg, name)]
     wrong = [f"{name}={getattr(cfg, name)} is {before[name]}" for name in changed if name in fixed]
     if wrong:
         fail(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another --out_dir")
@@ -720,14 +729,18 @@ def micro_batches(cfg, i, n):
 
 def batches_ahead(cfg, windows, start, device):
     """The batches of this process for the steps from `start` on, each made by a thread while the one before is at work."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = None
-        for step in range(start, cfg.max_steps):
-            for samples in micro_batches(cfg, rank(), world_size()):
-                now, ahead = ahead, thread.submit(make_batch, cfg, windows, step, samples, device)
-                if now:
-                    yield now.result()
-        yield ahead.result()
+    thread, ahead = ThreadPoolExecutor(1), deque()
+    wanted = ((step, samples) for step in range(start, cfg.max_steps) for samples in micro_batches(cfg, rank(), world_size()))
+    try:
+        for step, samples in wanted:
+            ahead.append(thread.submit(make_batch, cfg, windows, step, samples, device))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        yield ahead.popleft().result()
+    except ValueError as error:                         # of a damaged window, said when its turn has come
+        fail(error)
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def train_step(model, cfg, batches, device, autocast):

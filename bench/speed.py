@@ -7,7 +7,7 @@ How fast SunFish trains and writes, each figure beside what the same machine cou
 rate: FLOP/s of the matrix products of a forward pass, alone, best of several. floor: FLOPs over that rate in the dtype of
 the trunk, as if there were nothing but products. ratio: time over floor. A training step's FLOPs are those of
 model.flops_per_token, with the first guess counted apart; MFU is them over time and the published peak of a GPU. Weights and
-text are random, so this needs no data.
+text are random; only `start` runs the real commands, on the text that Python brings along.
 """
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -39,8 +39,11 @@ class Config:
     out: str = ""                    # also write the numbers here, as speed.json
 
     def check(self):
-        if self.vocab_size < 2 or self.repeats < 1 or min(self.batch_size, self.block_size, self.threads) < 0:
-            raise ValueError("vocab_size, repeats, batch_size, block_size and threads must be positive; 0 is the default of the last three")
+        if self.vocab_size < 2 or min(self.repeats, self.tokens, self.steps) < 1 or min(self.batch_size, self.block_size, self.threads) < 0:
+            raise ValueError("vocab_size, repeats, tokens, steps, batch_size, block_size and threads must be positive; 0 is the "
+                             "default of the last three")
+        if self.steps > 1000:
+            raise ValueError(f"steps={self.steps} is more than the 1000 timesteps of a schedule")
         for part in self.parts.split(","):
             if part not in PARTS:
                 raise ValueError(f"parts={self.parts}: {part} is unknown; there are {', '.join(PARTS)}")
@@ -69,7 +72,7 @@ import torch.nn as nn
 
 import sample
 import train
-from model import SCORES, SunFish, flops_per_token, keep_memory, peak_flops
+from model import SCORES, SunFish, flops_per_token, keep_memory, peak_flops, trunk_products
 
 KINDS = {"matrix products": r"mm\b|linear|convolution", "attention": "attention", "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
          "optimizer, clipping, average": "adam|lerp|norm|foreach", "copies": "copy_|::cat|::stack|clone|Memcpy", "noise": "normal_|rand"}
@@ -100,7 +103,7 @@ class Random:
     def __len__(self):
         return len(self.ids)
 
-    def __getitem__(self, i):
+    def read(self, i):
         return self.ids[i, self.cfg.prompt_size:], self.ids[i, :self.cfg.prompt_size]
 
 
@@ -223,10 +226,7 @@ def profile(cfg, name, shape, device, dtype, compiled):
 
 def call_flops(shape, vocab_size, tokens, branches):
     """FLOPs of one call of the network on a whole text: the trunk for each branch; posterior mean, scores and guess once."""
-    d, C, table, context = shape.n_embd, shape.token_dim, shape.token_dim * -(-vocab_size // 64) * 64, 1 + shape.prompt_size
-    crossed = shape.n_layer // shape.cross_every
-    trunk = shape.n_layer * (12 * d * d + 2 * tokens * d) + crossed * (2 * d * d + 2 * context * d) + 3 * C * d + 32 * d + 3 * d * d
-    return 2 * tokens * (branches * trunk + 4 * table)
+    return 2 * tokens * (branches * trunk_products(shape, tokens) + 4 * shape.token_dim * -(-vocab_size // 64) * 64)
 
 
 def sampling(cfg, name, shape, device, rates):

@@ -151,11 +151,12 @@ def main(cfg):
     val = train.eval_windows(val_windows, max(2, cfg.eval_sequences)).to(device)
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     log, clock = open(Path(cfg.out_dir) / "log.jsonl", "w", buffering=1), time.perf_counter()
+    batches = train.batches_ahead(cfg, windows, 0, device)
     for step in range(cfg.max_steps):
         train.set_learning_rate(optimizer, cfg, step)
         total = 0.0
         for samples in train.micro_batches(cfg, 0, 1):
-            idx = train.make_batch(cfg, windows, step, samples, device).idx
+            idx = next(batches).idx
             hidden = twin.hide(idx.shape, generator("cpu", cfg.seed, step, samples[0]))
             with autocast():
                 loss = model(idx, *(x.to(device) for x in hidden)).sum() / cfg.batch_tokens

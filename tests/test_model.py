@@ -86,9 +86,13 @@ def test_a_token_reads_earlier_turns_clean_and_its_own_noisy_and_nothing_else(sm
 
 def test_one_turn_is_full_attention_and_a_part_alone_says_what_it_says_in_the_whole(small):
     torch.manual_seed(1)
-    idx, noisy = torch.randint(50, (2, 12)), torch.randn(2, 12, 16)
+    idx, noisy, prompt = torch.randint(50, (2, 12)), torch.randn(2, 12, 16), torch.randint(50, (2, 6))
+    prompted, one = (prompt, torch.arange(6) >= torch.tensor([[2], [5]])), torch.zeros(2, 12, dtype=torch.int64)
     whole = small(noisy, torch.zeros(2, 12), torch.zeros_like(noisy))
-    assert torch.allclose(read_in_turns(small, idx, noisy, torch.zeros(12, dtype=torch.int64)), whole, atol=1e-4)
+    assert torch.allclose(read_in_turns(small, idx, noisy, one[0]), whole, atol=1e-4)
+    heeding = small(noisy, torch.zeros(2, 12), torch.zeros_like(noisy), *prompted)
+    past = small.look_back(small.remember(idx, one, *prompted), one)            # with the keys of the prompt in it
+    assert torch.allclose(small(noisy, torch.zeros(2, 12), torch.zeros_like(noisy), *prompted, past), heeding, atol=1e-4)
     group = torch.arange(12) // 4
     together = read_in_turns(small, idx, noisy, group)
     for start in (0, 4, 8):

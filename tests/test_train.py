@@ -61,10 +61,16 @@ def test_a_batch_does_not_depend_on_how_it_is_cut(windows):
     assert rows([whole]) != rows([train.make_batch(cfg, windows, 6, range(8), "cpu")])
 
 
-def test_batches_made_ahead_are_those_of_their_steps(windows):
-    cfg = config("--max_steps=5")
-    made = list(train.batches_ahead(cfg, windows, 3, "cpu"))
-    want = [train.make_batch(cfg, windows, step, samples, "cpu") for step in (3, 4) for samples in train.micro_batches(cfg, 0, 1)]
+def test_batches_made_ahead_are_those_of_their_steps(windows, monkeypatch):
+    cfg, make_batch, begun = config("--max_steps=5"), train.make_batch, []
+    monkeypatch.setattr(train, "make_batch", lambda *args: begun.append(args) or make_batch(*args))
+    batches = train.batches_ahead(cfg, windows, 3, "cpu")
+    made, deadline = [next(batches)], time.monotonic() + 10
+    while len(begun) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(begun) == 2                              # the second, before anyone asked
+    made += batches
+    want = [make_batch(cfg, windows, step, samples, "cpu") for step in (3, 4) for samples in train.micro_batches(cfg, 0, 1)]
     assert len(made) == 4
     for a, b in zip(made, want, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:-1], b[:-1], strict=True)) and a.guesses == b.guesses
@@ -287,8 +293,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(shards, tmp_path):
     command = ["train.py", *SIZE, f"--dataset={shards}", "--max_steps=1", f"--out_dir={tmp_path / 'run'}"]
     call(command)
     assert "already holds a run" in call(command, code=2).stderr
-    out = call([*command, "--resume=True", "--n_layer=2"], code=2)
-    assert "n_layer=2 is 1" in out.stderr
+    out = call([*command, "--resume=True", "--n_layer=3"], code=2)
+    assert "n_layer=3 is 2" in out.stderr
     out = call([*command, "--resume=True", "--seed=2"], code=2)
     assert "seed=2 is 1" in out.stderr
     out = call([*command, "--resume=True", "--learning_rate=0.5", "--max_steps=2", "--weight_decay=0.2"])
