@@ -294,6 +294,11 @@ class Bound(NamedTuple):
         return self.reconstruction + self.diffusion + self.prior
 
 
+def coarser(alpha_bar, steps):
+    """The schedule that a sampler of so many steps goes through: (steps + 1,)."""
+    return alpha_bar[step_indices(len(alpha_bar) - 1, steps)[::-1]]
+
+
 def by_turn(u, group):
     """A place in 0 .. 1 for each turn in group (..., T): u (..., 1) for turn 0, a golden section further for each next one.
     Uniform u makes all of them uniform, and spread evenly within a sequence."""
@@ -308,7 +313,8 @@ def stratified(n, timesteps, group, rng=None):
 
 
 def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
-    """One draw of the bound for each sequence of idx (B, T) at indices t (B, T) in 2 .. timesteps: parts of shape (B,).
+    """One draw of the bound for each sequence of idx (B, T) at indices t (B, T) in 2 .. timesteps: parts of shape (B,). With
+    a single timestep there is no diffusion part, and t is not read.
 
     Unbiased for uniform t, equal in tokens that are written together; `predict` may show each token those of earlier
     turns (the chain rule). The diffusion part is 1/2 (snr_{t-1} - snr_t) |x_0 - x_0_hat|^2, timesteps - 1 times
@@ -324,10 +330,12 @@ def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
 
     _, logits = noised(torch.ones_like(idx))
     reconstruction = ce_loss(logits, idx).double().mean(1)
-    x_0_hat, _ = noised(t)
-    error = (x_0 - x_0_hat).double().square().sum(-1)                                  # (B, T)
-    t = t.to(alpha_bar.device)
-    diffusion = ((len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error).mean(1)
+    diffusion = torch.zeros_like(reconstruction)
+    if len(alpha_bar) > 2:
+        x_0_hat, _ = noised(t)
+        error = (x_0 - x_0_hat).double().square().sum(-1)                              # (B, T)
+        t = t.to(alpha_bar.device)
+        diffusion = ((len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error).mean(1)
     a = alpha_bar[-1]
     squared_norm = x_0.double().square().sum(-1).mean(1)
     prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a

@@ -263,10 +263,13 @@ def choose_turns(cfg, step, rng):
 def noise_levels(cfg, step, i, group):
     """The diffusion index of each token of sample i, written in the turns group (T,): (T,) int64.
 
-    The level of turn 0 is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order.
+    The level of turn 0 is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order. A
+    token that is written alone gets the highest level, at which sample.py decides it and nothing but its context can help; for
+    the bound itself or for eps_hat, all levels count.
     """
     u = (permute(i, cfg.samples, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / cfg.samples
-    return 1 + (diffusion.by_turn(u, group) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    t = 1 + (diffusion.by_turn(u, group.double()) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    return torch.where(torch.bincount(group)[group] == 1, cfg.timesteps, t) if cfg.objective == "ce" else t
 
 
 def make_sample(cfg, windows, step, i, device):
@@ -280,7 +283,7 @@ def make_sample(cfg, windows, step, i, device):
     visible = 0 if drop < cfg.conditioning_dropout else min(len(before), 1 + int(share * P))
     prompt = F.pad(before, (P - len(before), 0))
     eps = torch.randn(T, cfg.token_dim, generator=generator(device, cfg.seed, step, i, "eps"), device=device)
-    return idx, group, noise_levels(cfg, step, i, group.double()), eps, prompt, torch.arange(P) >= P - visible
+    return idx, group, noise_levels(cfg, step, i, group), eps, prompt, torch.arange(P) >= P - visible
 
 
 def make_batch(cfg, windows, step, samples, device):
@@ -328,7 +331,8 @@ class DenoisingLoss(nn.Module):
         if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
-        return loss, diffusion.schedule_loss(ce.detach(), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
+        fit = diffusion.schedule_loss(ce.detach(), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
+        return loss, fit * (batch.t < cfg.timesteps)            # of tokens that run through the levels
 
     @torch.no_grad()
     def first_guess(self, x_t, log_snr, batch, past, table):
@@ -388,22 +392,27 @@ def eval_windows(windows, n):
 
 
 @torch.no_grad()
-def measure(model, idx, batch_size, group=None, bands=8, curve=32):
+def measure(model, idx, batch_size, span=None, steps=0, bands=8, curve=32):
     """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict.
 
-    group (T,) is the turn in which each token is written; by default they come one by one, if the network was trained so.
+    `span` tokens are written together (0: all, None: one if the network was trained so), each turn in so many steps (0: a single
+    token in one, as sample.py does, without a second pass; more tokens in all timesteps).
     """
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
-    group = (diffusion.spans(idx.size(1), min(1, model.cfg.span_size)) if group is None else group).to(idx.device)
+    span = min(1, model.cfg.span_size) if span is None else span
+    steps = steps or (1 if span == 1 else len(alpha_bar) - 1)
+    group = diffusion.spans(idx.size(1), span).to(idx.device)
     batch_size = max(1, min(batch_size, SCORES // (idx.size(1) * len(table))))
     read, free = diffusion.make_read(model.cfg, table, model.vocab_size), partial(model.likelihood, E=table)
 
     def predict_for(part):
         turns = group.expand(part.shape)
         past = model.look_back(model.remember(part, turns), turns) if group.any() else None
-        return diffusion.two_pass(partial(model, past=past, E=table), read)
+        network = partial(model, past=past, E=table)
+        return diffusion.two_pass(network, read) if steps != 1 else lambda x_t, level: read(
+            network(x_t, level, torch.zeros_like(x_t)), x_t, level)
     some = idx[::-(-len(idx) // curve)]
-    return {**diffusion.estimate_bound(predict_for, table, idx, group, alpha_bar, batch_size),
+    return {**diffusion.estimate_bound(predict_for, table, idx, group, diffusion.coarser(alpha_bar, steps), batch_size),
             "ce_by_noise": diffusion.ce_by_noise(predict_for, free, table, some, alpha_bar, batch_size, bands)}
 
 

@@ -338,9 +338,8 @@ def likelihood(cfg, bench):
            "bytes_per_token": text / windows.numel(),
            **train.measure(model, idx.to(bench.device), cfg.batch_size, bands=16, curve=256), "by_span": []}
     for size in numbers(cfg.spans, int):
-        group = diffusion.spans(idx.size(1), size)
-        found = timed({"what": "bound", "span": size}, lambda group=group: train.measure(
-            model, idx.to(bench.device), cfg.batch_size, group, bands=0))
+        found = timed({"what": "bound", "span": size}, lambda size=size: train.measure(
+            model, idx.to(bench.device), cfg.batch_size, size, bands=0))
         row["by_span"].append({"span": size, **found})
     row["bits_per_byte"] = row["bound"] / math.log(2) / row["bytes_per_token"]
     row["perplexity"], row["unigram_perplexity"] = math.exp(row["bound"]), math.exp(row["unigram"])
@@ -352,7 +351,8 @@ def likelihood(cfg, bench):
         from twins import evaluate
         row[f"{name}_twin"] = evaluate(twin, idx.to(bench.device), cfg)
         print("{} twin {:.3f} +- {:.3f} nats a token, {}".format(name, *row[f"{name}_twin"], "a bound" if name == "masked" else "exact"))
-    print("\nThe bound of writing so many tokens together, from left to right (0: all at once); the one above is of sample.py's way.")
+    print("\nThe bound of writing so many tokens together, from left to right (0: all at once), in all timesteps, a single token in "
+          "one step.\nThe one above is of sample.py's way.")
     show(row["by_span"], "span:d bound:.3f bound_error:.3f")
     print("\nCross-entropy in nats a token by noise, of index t: the network's, and the best without context.")
     curve = [dict(zip(("t", "network", "without_context"), values, strict=True)) for values in row["ce_by_noise"]]

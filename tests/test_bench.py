@@ -119,7 +119,7 @@ def test_ablations_are_measured_on_the_same_windows_and_not_made_twice(shards, t
     found = model.find_checkpoint(tmp_path / "default_2")[1]
     assert found["config"]["seed"] == 1 and model.find_checkpoint(tmp_path / "seed=2_2")[1]["config"]["seed"] == 2
     idx = train.eval_windows(train.Windows(shards, "val", model.model_config(found), 300), 4)
-    whole = train.measure(model.load_model(found), idx, 4, diffusion.spans(64, 0))
+    whole = train.measure(model.load_model(found), idx, 4, 0)
     assert table[0]["bounds"]["0"] == pytest.approx([whole["bound"], whole["bound_error"]])
     monkeypatch.setattr(ablate.subprocess, "run", None)
     call(args)

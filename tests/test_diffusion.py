@@ -223,6 +223,9 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(name):
     assert abs(seen - entropy) < 0.02
     assert abs(bound.total().mean() - seen) < 4 * error and error < 0.05, (bound.total().mean(), seen, error)
     assert (bound.reconstruction.mean() < 0.05) and 0 < bound.prior.mean() < 0.05
+    if name == "gumbel":                                # from pure noise in one step, for tokens that know nothing of each other
+        once = d.likelihood_bound(exact, table, idx, d.coarser(alpha_bar, 1), None)
+        assert not once.diffusion.any() and abs(once.total().mean() - seen) < 4 * once.total().std() / n ** 0.5 + once.prior.mean()
 
 
 def test_stratified_covers_the_range_once_for_every_turn():

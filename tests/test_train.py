@@ -84,7 +84,8 @@ def test_noise_levels_are_stratified_over_the_step_and_one_for_a_turn(windows):
     batch = train.make_batch(cfg, windows, 3, range(8), "cpu")
     for group, t in zip(batch.group, batch.t, strict=True):
         assert t.min() >= 1 and all(len(t[group == turn].unique()) == 1 for turn in group.unique())
-    every = torch.cat([train.noise_levels(cfg, step, i, torch.arange(16.0)) for step in range(50) for i in range(8)])
+        assert all((t[group == turn] == 1000).all() for turn in group.unique() if (group == turn).sum() == 1)      # alone: blind
+    every = torch.cat([train.noise_levels(cfg, step, i, torch.arange(16) // 2) for step in range(50) for i in range(8)])
     assert (torch.bincount((every - 1) // 100, minlength=10) / len(every) - 0.1).abs().max() < 0.01
 
 
@@ -217,9 +218,11 @@ def test_bound_of_an_untrained_network_is_the_unigram_cross_entropy(windows):
     torch.manual_seed(0)
     log_p = windows.unigram()
     model = SunFish(cfg, 300, log_p)
-    row = train.measure(model, train.eval_windows(windows, 4000), 500)
     nll = -log_p[train.eval_windows(windows, 4000)].mean().item()
-    assert abs(row["bound"] - nll) < 4 * row["bound_error"] < 0.2
+    for span, steps in ((4, 0), (0, 0), (1, 1000), (None, 0)):
+        row = train.measure(model, train.eval_windows(windows, 4000), 500, span, steps)
+        assert abs(row["bound"] - nll) < 4 * row["bound_error"] + row["prior"] < 0.25, span
+    assert row["diffusion"] == 0 < row["prior"] < 0.02              # one token in one step: sample.py's way
     assert len(row["ce_by_noise"]) == 8 and all(abs(a - b) < 1e-3 for _, a, b in row["ce_by_noise"])
 
 
