@@ -923,6 +923,7 @@ def format_time(seconds):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)         # a log file or pipe gets each line at once
     try:
         main(CFG)
     except BrokenPipeError:                             # a reader such as head has seen enough
