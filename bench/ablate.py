@@ -64,7 +64,6 @@ import time
 
 import torch
 
-import diffusion
 import train
 from model import find_checkpoint, keep_memory, load_model
 

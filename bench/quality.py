@@ -81,7 +81,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import diffusion
 import prepare_fineweb
 import sample
 import train
