@@ -486,12 +486,13 @@ def picture(rows, path):
         name = row["text"] + "".join(f", {key} {row[key]:g}" for key in ("steps", "span", "eta") if key in row)
         lines.setdefault((row["text"], name), []).append((row["entropy"], row["perplexity"]))
     figure, axes = pyplot.subplots(figsize=(9, 6))
+    axes.set_prop_cycle(color=pyplot.cm.tab20.colors)
     for (text, name), points in lines.items():
         style = {"held-out text": "k*", "unigram floor": "kx", "bigram floor": "rx", "masked twin": "s--", "causal twin": "kd:"}
         axes.plot(*zip(*points, strict=True), style.get(text.removesuffix(", the judge"), "o-"), label=name)
     axes.set(yscale="log", xlabel="entropy of the tokens within a text, nats", ylabel="perplexity under the judge")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 
