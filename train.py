@@ -147,7 +147,7 @@ from model import (SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
 from sample import Config as SampleConfig, sample
 
-LIBRARIES = 70e6            # bytes that torch's CPU kernels and optimizer add to a process in its first step
+LIBRARIES = 95e6            # bytes that torch's CPU kernels, optimizer and the thread for batches add to a process in its first step
 DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
 
