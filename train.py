@@ -407,7 +407,7 @@ def measure(model, idx, batch_size, span=None, steps=0, bands=8, curve=32):
 
     def predict_for(part):
         turns = group.expand(part.shape)
-        past = model.look_back(model.remember(part, turns), turns) if group.any() else None
+        past = model.look_back(model.remember(part, turns, E=table), turns) if group.any() else None
         network = partial(model, past=past, E=table)
         return diffusion.two_pass(network, read) if steps != 1 else lambda x_t, level: read(
             network(x_t, level, torch.zeros_like(x_t)), x_t, level)
