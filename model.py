@@ -32,10 +32,11 @@ from configurator import ModelConfig
 
 CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond which nothing changes: readable, blind
 LATER = 2 ** 31               # the turn of what is never read
+GAIN = 4                      # of what the head reads, for which Adam's steps of one size would else be small (bench/LOG.md)
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
 HUGE_PAGE = 2 ** 21           # bytes
-FORMAT = 3                    # of a checkpoint file
+FORMAT = 4                    # of a checkpoint file
 SCORES = 2 ** 25              # most scores over the vocabulary that stand in memory at once: 134 MB in float32
 
 
@@ -163,7 +164,6 @@ class SunFish(nn.Module):
         self.cfg, self.vocab_size = cfg, vocab_size
         C, d, V = cfg.token_dim, cfg.n_embd, -(-vocab_size // 64) * 64
         self.table = nn.Parameter(torch.randn(V, C))
-        self.bias = nn.Parameter(torch.zeros(V))
         self.register_buffer("log_unigram", torch.full((V,), NEVER))
         self.log_unigram[:vocab_size] = -math.log(vocab_size) if log_unigram is None else log_unigram
         self.read = nn.Linear(2 * C, d, bias=False)
@@ -172,7 +172,7 @@ class SunFish(nn.Module):
         self.time_in = nn.Linear(64, d // 2)
         self.time_out = nn.Linear(d // 2, 6 * d)
         self.blocks = nn.ModuleList(Block(cfg, (i + 1) % cfg.cross_every == 0) for i in range(cfg.n_layer))
-        self.write = nn.Linear(d, C, bias=False)
+        self.head = nn.Linear(d, V if cfg.head == "full" and cfg.objective != "eps" else C)
         self.schedule = nn.Parameter(self.first_schedule())
         self.init_weights()
 
@@ -190,15 +190,13 @@ class SunFish(nn.Module):
         for b in self.blocks:
             for m in (b.attn.out, b.down):
                 m.weight.mul_((2 * len(self.blocks)) ** -0.5)
-        nn.init.zeros_(self.write.weight)
-        nn.init.zeros_(self.time_out.weight)
+        for zero in (*self.head.parameters(), *self.time_out.parameters()):
+            nn.init.zeros_(zero)
         d = self.cfg.n_embd
-        nn.init.zeros_(self.time_out.bias)
         self.time_out.bias[2 * d:3 * d] = 1.0
         self.time_out.bias[5 * d:] = 1.0
         self.read.weight[:, self.cfg.token_dim:].zero_()
-        for unused in (self.table, self.bias) if self.cfg.objective == "eps" else ():
-            unused.requires_grad_(False)
+        self.table.requires_grad_(self.cfg.objective != "eps")
         self.schedule.requires_grad_(self.cfg.objective != "eps" and self.cfg.schedule == "gumbel")
 
     def embedding(self):
@@ -213,27 +211,28 @@ class SunFish(nn.Module):
     def level(self, log_snr):
         return (-log_snr - math.log(self.cfg.token_dim)).clamp(CLEAN, NOISY)
 
+    def signal(self, x_t, log_snr):
+        """What x_t (B, T, C) says of its token: log p(x_t | token) up to a constant is its product with the token's vector."""
+        return self.precision(log_snr)[..., None] * x_t.detach()
+
     def likelihood(self, x_t, log_snr, E):
         """log unigram + log p(x_t | token) up to a constant: (B, T, V)."""
-        return (self.precision(log_snr)[..., None] * x_t) @ E.T + self.log_unigram
+        return self.signal(x_t, log_snr) @ E.T + self.log_unigram
 
     def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None, past=None, E=None):
         E = self.embedding() if E is None else E
-        h = self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, past, E)
-        return h if self.cfg.objective == "eps" else self.scores(h, E)
+        return self.answer(self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, past, E), x_t, log_snr, E)
 
     def hidden(self, x_t, log_snr, x_prev, prompt, prompt_mask, past, E):
-        """What the scores are read from, or eps_hat for objective eps: (B, n, C) in float32, given E = embedding(). Where the
-        prompt and the past have several rows for each of x_t, there are so many answers: (branches * B, n, C)."""
-        mean, signal, branches = x_t, None, 1 if prompt is None else len(prompt) // len(x_t)
+        """What the answer is read from: (B, n, n_embd), given E = embedding(). Where the prompt and the past have several rows for
+        each of x_t, there are so many: (branches * B, n, n_embd)."""
+        mean, branches = x_t, 1 if prompt is None else len(prompt) // len(x_t)
         if self.cfg.objective != "eps":
             with torch.no_grad():
-                signal = self.precision(log_snr)[..., None] * x_t
-                mean = in_chunks(lambda x: (x @ E.T + self.log_unigram).softmax(-1) @ E, len(E), signal)
+                mean = in_chunks(lambda *x: self.likelihood(*x, E).softmax(-1) @ E, len(E), x_t, log_snr)
         if branches > 1:
             mean, log_snr, x_prev = (torch.cat([x] * branches) for x in (mean, log_snr, x_prev))
-        h = self.write(norm(self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0])).float()
-        return h if signal is None else h / math.sqrt(self.cfg.token_dim) + (signal if branches == 1 else torch.cat([signal] * branches))
+        return norm(self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0])
 
     def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
         """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
@@ -259,10 +258,15 @@ class SunFish(nn.Module):
         level, x_0 = torch.full(idx.shape, math.inf, device=idx.device), E[idx]
         return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight, clean=True)[1]
 
-    def scores(self, h, E):
-        """hidden (..., C) -> logits (..., V) in float32."""
-        with torch.autocast(h.device.type, enabled=False):
-            return h @ E.T + (self.log_unigram + self.bias)
+    def answer(self, hidden, x_t, log_snr, E):
+        """What forward returns, of hidden (..., n_embd): for tokens (..., V), what x_t says of each alone, plus what the head does."""
+        own = self.head(GAIN * hidden).float()
+        if self.cfg.objective == "eps":
+            return own
+        with torch.autocast(own.device.type, enabled=False):
+            if self.cfg.head == "full":
+                return self.likelihood(x_t, log_snr, E) + own
+            return (self.signal(x_t, log_snr) + own / math.sqrt(self.cfg.token_dim)) @ E.T + self.log_unigram
 
     def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None), clean=False):
         """The last block's output (B, n, n_embd), but of `clean` tokens None, and what each block leaves to a Past."""
@@ -356,7 +360,7 @@ def trunk_products(cfg, T):
     """Multiply-adds of the trunk's matrix products for one of T tokens that all see each other, keys of the prompt aside."""
     d, crossed = cfg.n_embd, cfg.n_layer // cfg.cross_every
     return (cfg.n_layer * (12 * d * d + 2 * T * d) + crossed * (2 * d * d + 2 * (1 + cfg.prompt_size) * d)     # attention and MLP
-            + 3 * cfg.token_dim * d + 32 * d + 3 * d * d)                                              # read, write; noise level
+            + 2 * cfg.token_dim * d + 32 * d + 3 * d * d)                                              # read; noise level
 
 
 def flops_per_token(model, self_conditioning, in_turns):
@@ -365,14 +369,15 @@ def flops_per_token(model, self_conditioning, in_turns):
     That is the noisy pass and its scores; if in_turns, the clean pass, of whose last block only keys and values are made; for
     the share self_conditioning, a first guess, forward only; and the two products of the posterior mean, forward only.
     """
-    cfg, table = model.cfg, model.table.numel()
+    cfg, head = model.cfg, model.head.weight.numel()
+    table, self_conditioning = (0, 0) if cfg.objective == "eps" else (model.table.numel(), self_conditioning)
     d, C, T, P = cfg.n_embd, cfg.token_dim, cfg.block_size, cfg.prompt_size
     trunk, past = trunk_products(cfg, T), 2 * T * d * cfg.n_layer * in_turns
     prompt = (cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) + C * d * P) / T
-    last = 10 * d * d + 2 * T * d + C * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
+    last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
     again = 0 if in_turns else prompt
-    return (6 * (prompt + (trunk - last) * in_turns + trunk + past + table)
-            + 2 * self_conditioning * (trunk + past + again + 2 * table) + 2 * (1 + self_conditioning) * 2 * table)
+    return (6 * (prompt + (trunk - last) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table
+            + 2 * self_conditioning * (trunk + past + again + head + 2 * table) + 2 * (1 + self_conditioning) * 2 * table)
 
 
 def keep_memory():

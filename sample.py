@@ -184,9 +184,10 @@ class Reader:
         return self.network
 
     def network(self, x_t, log_snr, x_prev):
-        answers = self.model.hidden(x_t, log_snr, x_prev, past=self.past, **self.rest).chunk(self.branches)
-        answer = answers[0] if self.branches == 1 else diffusion.guide(*answers, self.scale)
-        return answer if self.model.cfg.objective == "eps" else self.model.scores(answer, self.table)
+        hidden = self.model.hidden(x_t, log_snr, x_prev, past=self.past, **self.rest)
+        if self.branches == 2:
+            hidden = diffusion.guide(*hidden.chunk(2), self.scale)      # the head is linear, so this weighs its answers
+        return self.model.answer(hidden, x_t, log_snr, self.table)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class Config(ModelConfig):
     max_steps: int = 10_000              # optimizer steps
     learning_rate: float = 1e-3          # peak; cosine to zero after the warm-up
     warmup_steps: int = 200              # steps of linear warm-up
-    weight_decay: float = 0.01           # on the matrices of the trunk only; 0 is off
+    weight_decay: float = 0.01           # on the matrices of trunk and head; 0 is off
     grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
     ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
     # what is noised
@@ -319,15 +319,15 @@ class DenoisingLoss(nn.Module):
         x_prev = self.first_guess(x_t, log_snr, batch, past, table)
         hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
         if cfg.objective == "eps":
-            loss = diffusion.eps_loss(hidden, batch.eps)
+            loss = diffusion.eps_loss(net.answer(hidden, x_t, log_snr, table), batch.eps)
             return loss, torch.zeros_like(loss)
 
-        def losses(hidden, idx, t):
+        def losses(hidden, x_t, log_snr, idx, t):
+            logits = net.answer(hidden, x_t, log_snr, table)
             with torch.autocast(idx.device.type, enabled=False):
-                logits = net.scores(hidden, table)
                 ce = diffusion.ce_loss(logits, idx)
                 return torch.stack((ce if cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
-        loss, ce = (x.contiguous() for x in in_chunks(losses, len(table), hidden, batch.idx, batch.t).unbind(-1))
+        loss, ce = (x.contiguous() for x in in_chunks(losses, len(table), hidden, x_t, log_snr, batch.idx, batch.t).unbind(-1))
         if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
@@ -344,7 +344,7 @@ class DenoisingLoss(nn.Module):
         past = tree_map(lambda x: x[:n] if isinstance(x, torch.Tensor) else x, past)
         hidden = self.net.hidden(x_t[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
         read = diffusion.read_logits(table)
-        guess = in_chunks(lambda h: read(self.net.scores(h, table), None, None)[0], len(table), hidden)
+        guess = in_chunks(lambda *x: read(self.net.answer(*x, table), None, None)[0], len(table), hidden, x_t[:n], log_snr[:n])
         x_prev[:batch.guesses] = guess[:batch.guesses]
         return x_prev
 
@@ -565,12 +565,12 @@ def dry_run(cfg):
     process = peak_gb(device) * 1e9 if device.type == "cpu" else 0
     with torch.device("meta"):
         net = SunFish(cfg, vocab_size)
-    n, table = sum(p.numel() for p in net.parameters()), net.table.numel() + net.bias.numel()
+    n, table, head = sum(p.numel() for p in net.parameters()), net.table.numel(), sum(p.numel() for p in net.head.parameters())
     state, most = estimate_memory(cfg, vocab_size, device, dtype)
     sharded = (state + 4 * n) / 8 + most - state - 4 * n
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
           f"{vocab_size:,} ({label}), table {net.table.size(0):,} rows")
-    print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table:,} without the table")
+    print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table - head:,} without table and head")
     print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens")
     print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak {(most + process) / 1e9:.2f} "
           f"GB; with parallel=fsdp about {(sharded + process) / 1e9:.2f} GB on each of 8")

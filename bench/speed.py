@@ -114,7 +114,7 @@ def rate(shape, vocab_size, device, dtype, repeats=5):
     d, M, V = shape.n_embd, shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
     rows, total, took = max(1, min(M, SCORES // V)), 0, 0.0
     products = [(M, d, d, 2 * shape.n_layer), (M, d, 2 * d, shape.n_layer), (M, d, 4 * d, shape.n_layer), (M, 4 * d, d, shape.n_layer),
-                (rows, shape.token_dim, V, M // rows)]
+                (rows, shape.token_dim, V, M // rows), (rows, d, V, M // rows)]
     for m, k, n, times in products:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
         took += times * seconds(lambda a=a, b=b: a @ b.T, device, repeats, pick=min)
@@ -216,7 +216,7 @@ def profile(cfg, name, shape, device, dtype, compiled):
 
 def call_flops(shape, vocab_size, tokens, branches):
     """FLOPs of one call of the network on a whole text: the trunk for each branch; posterior mean, scores and guess once."""
-    return 2 * tokens * (branches * trunk_products(shape, tokens) + 4 * shape.token_dim * -(-vocab_size // 64) * 64)
+    return 2 * tokens * (branches * trunk_products(shape, tokens) + (4 * shape.token_dim + shape.n_embd) * -(-vocab_size // 64) * 64)
 
 
 def sampling(cfg, name, shape, device, rates):

@@ -54,15 +54,19 @@ class Twin(nn.Module):
         self.blank = nn.Parameter(torch.randn(cfg.token_dim))       # read before the first token, or for a hidden one
 
     def hidden(self, idx, blank, table):
-        """What the scores of idx (B, T) are read from, (B, T, C) in float32, and the trunk's output (B, T, n_embd).
-        Tokens where blank (B, T) are hidden from the masked twin; the autoregressive one sees those before each."""
+        """What the scores of idx (B, T) are read from: (B, T, n_embd). Tokens where blank (B, T) are hidden from the masked
+        twin; the autoregressive one sees those before each."""
         net, sight, x = self.net, (None, None), torch.where(blank[..., None], self.blank, table[idx])
         if self.kind == "autoregressive":
             x = torch.cat((self.blank.expand(len(idx), 1, -1), x[:, :-1]), 1)
             sight = visible(torch.arange(idx.size(1), device=idx.device).expand(idx.shape), 0, idx.size(1), torch.le)
         level = torch.full(idx.shape, math.inf, device=idx.device)
-        x = norm(net.trunk(x, level, torch.zeros_like(x), None, None, table, sight=sight)[0])
-        return net.write(x).float() / math.sqrt(net.cfg.token_dim), x
+        return norm(net.trunk(x, level, torch.zeros_like(x), None, None, table, sight=sight)[0])
+
+    def scores(self, hidden, table):
+        """Those of SunFish, for vectors that say nothing of the token: hidden (B, ..., n_embd) -> (B, ..., V)."""
+        nothing = hidden.new_zeros((*hidden.shape[:-1], table.size(1)), dtype=torch.float32)
+        return self.net.answer(hidden, nothing, nothing[..., 0], table)
 
     def hide(self, shape, rng=None):
         """Which of idx (B, T) to hide, and the weight of each token in the bound: two of (B, T). The masked twin hides k of T
@@ -77,8 +81,7 @@ class Twin(nn.Module):
     def forward(self, idx, blank, weight):
         """Weighted cross-entropy of each token in nats (B, T), whose mean is the likelihood, or a draw of the masked twin's bound."""
         table = self.net.embedding()
-        hidden, _ = self.hidden(idx, blank, table)
-        return weight * in_chunks(lambda h, idx: ce_loss(self.net.scores(h, table), idx), len(table), hidden, idx)
+        return weight * in_chunks(lambda h, idx: ce_loss(self.scores(h, table), idx), len(table), self.hidden(idx, blank, table), idx)
 
     # ---- what bench/quality.py asks for ----
 
@@ -90,13 +93,13 @@ class Twin(nn.Module):
     @torch.no_grad()
     def features(self, idx):
         """The trunk's last output, which has seen all but the last token of idx (B, T): (B, n_embd)."""
-        return self.hidden(idx, torch.zeros_like(idx, dtype=torch.bool), self.net.embedding())[1][:, -1]
+        return self.hidden(idx, torch.zeros_like(idx, dtype=torch.bool), self.net.embedding())[:, -1]
 
     @torch.no_grad()
     def predict(self, idx, blank):
         """Scores (B, T, V) of the tokens idx (B, T), those where blank (B, T) unknown to the masked twin."""
         table = self.net.embedding()
-        return self.net.scores(self.hidden(idx, blank, table)[0], table)
+        return self.scores(self.hidden(idx, blank, table), table)
 
     def sample(self, n, length, steps, temperature=1.0, rng=None):
         """Texts (n, length), drawn on the CPU generator rng: token by token, or by unmasking in `steps` equal parts of time

@@ -33,7 +33,7 @@ def test_the_autoregressive_twin_sees_the_past_only_and_starts_as_a_unigram_mode
     twin, log_p = make_twin("autoregressive")
     idx = torch.randint(50, (2, 12))
     assert torch.allclose(twin.nll(idx), -log_p[idx], atol=1e-5)
-    torch.nn.init.normal_(twin.net.write.weight)
+    torch.nn.init.normal_(twin.net.head.weight)
     twin(idx, *twin.hide(idx.shape)).mean().backward()
     assert all(p.grad.norm() < 1e3 for p in twin.parameters() if p.grad is not None)
     other = idx.clone()
@@ -45,7 +45,7 @@ def test_the_autoregressive_twin_sees_the_past_only_and_starts_as_a_unigram_mode
 
 def test_the_masked_twin_sees_what_is_not_hidden():
     twin, _ = make_twin("masked")
-    torch.nn.init.normal_(twin.net.write.weight)
+    torch.nn.init.normal_(twin.net.head.weight)
     idx, blank = torch.randint(50, (2, 12)), torch.zeros(2, 12, dtype=torch.bool)
     blank[:, 3:6] = True
     for i in range(12):
@@ -159,7 +159,8 @@ def test_the_floor_of_a_sampling_call_is_its_matrix_products(small):
     from test_train import CountFlops, SDPBackend, sdpa_kernel
     prompt, x = torch.zeros(2, 6, dtype=torch.int64), torch.randn(1, 12, 16)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), CountFlops() as count:
-        h, _ = small.hidden(x, torch.zeros(1, 12), x, prompt, prompt == 0, None, small.embedding()).chunk(2)
-        diffusion.read_logits(small.embedding())(small.scores(h, small.embedding()), None, None)
+        level, E = torch.zeros(1, 12), small.embedding()
+        h, _ = small.hidden(x, level, x, prompt, prompt == 0, None, E).chunk(2)
+        diffusion.read_logits(E)(small.answer(h, x, level, E), None, None)
     keys = 2 * 2 * (2 * 2 * 32 * 32 * 7 + 6 * 16 * 32)              # of the prompt, once a text; in two blocks of two branches
     assert count.total - keys == pytest.approx(speed.call_flops(small.cfg, 50, 12, 2), rel=0.02)

@@ -201,7 +201,7 @@ def test_shards_of_another_tokenizer_are_refused_once(command, shards, tmp_path)
 
 def test_a_network_of_nan_stops_before_the_update(command, trained):
     model = read_checkpoint(trained / "ckpt_00000004.pt")["model"]
-    replace(trained / "ckpt_00000004.pt", model={**model, "write.weight": model["write.weight"] * float("nan")})
+    replace(trained / "ckpt_00000004.pt", model={**model, "head.weight": model["head.weight"] * float("nan")})
     err = call([*command, "--resume=True", "--max_steps=8"], code=1).stderr
     assert "step 5: loss nan, gradient norm nan at lr" in err and "resume from step 4" in err
     assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"] and len(losses(trained)) == 4

@@ -10,25 +10,29 @@ import diffusion
 from model import CLEAN, FORMAT, NOISY, SunFish, find_checkpoint, load_model, read_checkpoint
 
 
-def meta_size(name, without_table=False):
+def meta_size(name, *args):
     import train
-    cfg = configurator.load(train.Config, [f"config/{name}.py"])
+    cfg = configurator.load(train.Config, [f"config/{name}.py", *args])
     with torch.device("meta"):
         model = SunFish(cfg, 50_257)
-    table = model.table.numel() + model.bias.numel()
-    return sum(p.numel() for p in model.parameters()) - (table if without_table else 0)
+    return [sum(p.numel() for p in part.parameters()) for part in (model, model.head)] + [model.table.numel()]
 
 
 def test_parameter_counts(monkeypatch):
     monkeypatch.chdir(configurator.Path(configurator.__file__).parent)
-    assert abs(meta_size("micro") / 41.6e6 - 1) < 0.02
-    assert abs(meta_size("full") / 1.4e9 - 1) < 0.03
-    assert abs(meta_size("tiny", without_table=True) / 0.5e6 - 1) < 0.15
+    assert abs(meta_size("micro", "--head=tied")[0] / 41.6e6 - 1) < 0.02
+    total, head, _ = meta_size("micro")
+    assert abs((total - head) / 41.6e6 - 1) < 0.02 and head == 50_304 * (512 + 1)
+    total, head, _ = meta_size("full")
+    assert abs((total - head) / 1.4e9 - 1) < 0.03
+    total, head, table = meta_size("tiny")
+    assert abs((total - head - table) / 0.5e6 - 1) < 0.15
 
 
-def test_logits_at_initialisation_are_the_context_free_posterior():
+@pytest.mark.parametrize("head", ["full", "tied"])
+def test_logits_at_initialisation_are_the_context_free_posterior(head):
     """log unigram + log N(x_t; a E, s^2 I) up to a constant for each position, whatever the neighbours."""
-    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=8, prompt_size=4)
+    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=8, prompt_size=4, head=head)
     torch.manual_seed(1)
     log_p = torch.randn(50).log_softmax(0)
     model = SunFish(cfg, 50, log_p)
@@ -126,8 +130,9 @@ def test_several_branches_in_one_call_are_several_calls(small):
         past = small.look_back(small.remember(idx, turns, prompt, seen), turns, 8, 12)
         answers.append(small.hidden(noisy, level, guess, prompt, seen, past, E))
     assert torch.allclose(torch.cat(answers[:2]), answers[2], atol=1e-5) and (answers[0] - answers[1]).abs().max() > 1e-3
-    scored = [small.scores(answer, E) for answer in answers[:2]]
-    assert torch.allclose(small.scores(diffusion.guide(*answers[:2], 3.0), E), diffusion.guide(*scored, 3.0), rtol=1e-4)
+    scored = [small.answer(h, noisy, level, E) for h in answers[:2]]
+    guided = small.answer(diffusion.guide(*answers[:2], 3.0), noisy, level, E)
+    assert torch.allclose(guided[..., :50], diffusion.guide(*scored, 3.0)[..., :50], atol=1e-3)
 
 
 def test_a_hidden_prompt_is_no_prompt_and_a_visible_one_matters(small):

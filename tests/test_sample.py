@@ -56,6 +56,28 @@ def test_without_guidance_the_prompt_is_not_seen_at_all(small, place):
     assert (made[3, 30][:, known] == 30).all()
 
 
+@pytest.mark.parametrize("begun", [0, 4])
+@torch.no_grad()
+def test_guided_turns_are_two_fresh_readings_weighed_by_hand(small, begun):
+    """What the reader keeps from turn to turn answers as a network that reads all anew, with and without the prompt."""
+    torch.manual_seed(1)
+    known, prompt, table = torch.arange(12) < begun, torch.randint(50, (2, 3)), small.embedding()
+    group, text = torch.where(known, -1, torch.arange(12) // 4), torch.randint(50, (2, 12))
+    reader, tokens = script.Reader(small, table, prompt, known, 3.0), torch.where(known, text, 0)
+    for turn in group[~known].unique().tolist():
+        now, (x, guess), level = group == turn, torch.randn(2, 2, 4, 16), torch.randn(2, 4)
+        start, end = 4 * turn, 4 * turn + 4
+        got = reader.network_for(tokens, group, start, end)(x, level, guess)
+        answers = []
+        for seen, turns in ((True, group), (False, group.masked_fill(known, script.LATER))):
+            seen, turns = torch.full((2, 3), seen), turns.expand(2, -1)
+            past = small.look_back(small.remember(tokens, turns, prompt, seen), turns, start, end)
+            answers.append(small(x, level, guess, prompt, seen, past))
+        want = script.diffusion.guide(*answers, 3.0)
+        assert torch.allclose(got[..., :50], want[..., :50], atol=1e-3) and (answers[0] - answers[1]).abs().max() > 0.1
+        tokens[:, now] = text[:, now]
+
+
 def test_text_is_written_in_turns_or_at_once(checkpoint):
     def header(*args): return call(["sample.py", f"--checkpoint={checkpoint}", *args]).stderr
     assert "24 steps, 1 token at a time" in header() and "64 steps, all tokens at once" in header("--span_size=0")

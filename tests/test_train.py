@@ -126,7 +126,8 @@ class CountFlops(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--self_conditioning=0"], ["--cross_every=3", "--n_embd=128"]])
+@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--self_conditioning=0"], ["--cross_every=3", "--n_embd=128", "--head=tied"],
+                                  ["--objective=eps"]])
 def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     cfg = config("--n_layer=3", "--n_embd=64", "--token_dim=32", "--block_size=32", *args)
     net, group = SunFish(cfg, 300), torch.arange(32).expand(2, -1) // 4
@@ -135,7 +136,7 @@ def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:           # attention as products that can be counted
         loss, fit = train.DenoisingLoss(net, cfg)(batch)
         (loss.sum() + fit.sum()).backward()
-    assert flops_per_token(net, cfg.self_conditioning, cfg.in_turns) == pytest.approx(count.total / 64, rel=0.01)
+    assert flops_per_token(net, cfg.self_conditioning, cfg.in_turns) == pytest.approx(count.total / 64, rel=0.015)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(windows):
@@ -308,7 +309,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(shards, tmp_path):
 
 def test_dry_run_of_the_full_size_needs_no_data_and_no_memory():
     out = call(["train.py", ROOT / "config/full.py", "--dry_run=True"]).stdout
-    assert abs(int(re.search(r"parameters: ([\d,]+)", out)[1].replace(",", "")) / 1.4e9 - 1) < 0.03
+    assert abs(int(re.search(r"parameters: ([\d,]+)", out)[1].replace(",", "")) / 1.5e9 - 1) < 0.03
     assert "65,536 tokens = 8 sequences x 512 tokens x 16 accumulated" in out and "GB" in out
 
 
