@@ -217,19 +217,24 @@ class SunFish(nn.Module):
 
     def likelihood(self, x_t, log_snr, E):
         """log unigram + log p(x_t | token) up to a constant: (B, T, V)."""
-        return self.signal(x_t, log_snr) @ E.T + self.log_unigram
+        return F.linear(self.signal(x_t, log_snr), E, self.log_unigram)
+
+    @torch.no_grad()
+    def posterior_mean(self, x_t, log_snr, E):
+        """E[x_0 | x_t] of each token by itself, which the network reads: (B, T, C). For objective eps x_t itself."""
+        if self.cfg.objective == "eps":
+            return x_t
+        return in_chunks(lambda *x: self.likelihood(*x, E).softmax(-1) @ E, len(E), x_t, log_snr)
 
     def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None, past=None, E=None):
         E = self.embedding() if E is None else E
-        return self.answer(self.hidden(x_t, log_snr, x_prev, prompt, prompt_mask, past, E), x_t, log_snr, E)
+        mean = self.posterior_mean(x_t, log_snr, E)
+        return self.answer(self.hidden(mean, log_snr, x_prev, prompt, prompt_mask, past, E), x_t, log_snr, E)
 
-    def hidden(self, x_t, log_snr, x_prev, prompt, prompt_mask, past, E):
-        """What the answer is read from: (B, n, n_embd), given E = embedding(). Where the prompt and the past have several rows for
-        each of x_t, there are so many: (branches * B, n, n_embd)."""
-        mean, branches = x_t, 1 if prompt is None else len(prompt) // len(x_t)
-        if self.cfg.objective != "eps":
-            with torch.no_grad():
-                mean = in_chunks(lambda *x: self.likelihood(*x, E).softmax(-1) @ E, len(E), x_t, log_snr)
+    def hidden(self, mean, log_snr, x_prev, prompt, prompt_mask, past, E):
+        """What the answer is read from, given the posterior mean: (B, n, n_embd). Where the prompt and the past have several rows
+        for each of the mean's, there are so many: (branches * B, n, n_embd)."""
+        branches = 1 if prompt is None else len(prompt) // len(mean)
         if branches > 1:
             mean, log_snr, x_prev = (torch.cat([x] * branches) for x in (mean, log_snr, x_prev))
         return norm(self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0])
@@ -259,14 +264,14 @@ class SunFish(nn.Module):
         return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight, clean=True)[1]
 
     def answer(self, hidden, x_t, log_snr, E):
-        """What forward returns, of hidden (..., n_embd): for tokens (..., V), what x_t says of each alone, plus what the head does."""
-        own = self.head(GAIN * hidden).float()
+        """What forward returns, of hidden (..., n_embd). For tokens it is the likelihood of x_t plus what the head says, (..., V)."""
         if self.cfg.objective == "eps":
-            return own
-        with torch.autocast(own.device.type, enabled=False):
-            if self.cfg.head == "full":
-                return self.likelihood(x_t, log_snr, E) + own
-            return (self.signal(x_t, log_snr) + own / math.sqrt(self.cfg.token_dim)) @ E.T + self.log_unigram
+            return self.head(GAIN * hidden).float()
+        signal = self.signal(x_t, log_snr)
+        if self.cfg.head == "tied":
+            return F.linear(signal + self.head(GAIN * hidden) / math.sqrt(self.cfg.token_dim), E, self.log_unigram).float()
+        own = F.linear(GAIN * hidden, self.head.weight, self.head.bias + self.log_unigram)
+        return torch.addmm(own.flatten(0, -2), signal.flatten(0, -2), E.T).view_as(own).float()
 
     def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None), clean=False):
         """The last block's output (B, n, n_embd), but of `clean` tokens None, and what each block leaves to a Past."""
@@ -377,7 +382,7 @@ def flops_per_token(model, self_conditioning, in_turns):
     last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
     again = 0 if in_turns else prompt
     return (6 * (prompt + (trunk - last) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table
-            + 2 * self_conditioning * (trunk + past + again + head + 2 * table) + 2 * (1 + self_conditioning) * 2 * table)
+            + 2 * self_conditioning * (trunk + past + again + head + 2 * table) + 4 * table)
 
 
 def keep_memory():

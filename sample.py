@@ -184,7 +184,8 @@ class Reader:
         return self.network
 
     def network(self, x_t, log_snr, x_prev):
-        hidden = self.model.hidden(x_t, log_snr, x_prev, past=self.past, **self.rest)
+        mean = self.model.posterior_mean(x_t, log_snr, self.table)
+        hidden = self.model.hidden(mean, log_snr, x_prev, past=self.past, **self.rest)
         if self.branches == 2:
             hidden = diffusion.guide(*hidden.chunk(2), self.scale)      # the head is linear, so this weighs its answers
         return self.model.answer(hidden, x_t, log_snr, self.table)

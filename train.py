@@ -316,8 +316,9 @@ class DenoisingLoss(nn.Module):
         past = None
         if cfg.in_turns:
             past = net.look_back(net.remember(batch.idx, batch.group, batch.prompt, batch.prompt_mask, table), batch.group)
-        x_prev = self.first_guess(x_t, log_snr, batch, past, table)
-        hidden = net.hidden(x_t, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
+        mean = net.posterior_mean(x_t, log_snr, table)
+        x_prev = self.first_guess(x_t, mean, log_snr, batch, past, table)
+        hidden = net.hidden(mean, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
         if cfg.objective == "eps":
             loss = diffusion.eps_loss(net.answer(hidden, x_t, log_snr, table), batch.eps)
             return loss, torch.zeros_like(loss)
@@ -335,14 +336,14 @@ class DenoisingLoss(nn.Module):
         return loss, fit * (batch.t < cfg.timesteps)            # of tokens that run through the levels
 
     @torch.no_grad()
-    def first_guess(self, x_t, log_snr, batch, past, table):
+    def first_guess(self, x_t, mean, log_snr, batch, past, table):
         """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others; with objective eps for
         all, as in the origin design, whose guess of x_0 grows without limit at high noise."""
         x_prev, n = torch.zeros_like(x_t), max(batch.guesses, self.lockstep)
         if not n or not self.cfg.self_conditioning or self.cfg.objective == "eps":
             return x_prev
         past = tree_map(lambda x: x[:n] if isinstance(x, torch.Tensor) else x, past)
-        hidden = self.net.hidden(x_t[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
+        hidden = self.net.hidden(mean[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
         read = diffusion.read_logits(table)
         guess = in_chunks(lambda *x: read(self.net.answer(*x, table), None, None)[0], len(table), hidden, x_t[:n], log_snr[:n])
         x_prev[:batch.guesses] = guess[:batch.guesses]

@@ -128,7 +128,7 @@ def test_several_branches_in_one_call_are_several_calls(small):
         rows.append((idx, turns.expand(2, -1), prompt, torch.full((2, 3), seen)))
     for idx, turns, prompt, seen in (*rows, map(torch.cat, zip(*rows, strict=True))):
         past = small.look_back(small.remember(idx, turns, prompt, seen), turns, 8, 12)
-        answers.append(small.hidden(noisy, level, guess, prompt, seen, past, E))
+        answers.append(small.hidden(small.posterior_mean(noisy, level, E), level, guess, prompt, seen, past, E))
     assert torch.allclose(torch.cat(answers[:2]), answers[2], atol=1e-5) and (answers[0] - answers[1]).abs().max() > 1e-3
     scored = [small.answer(h, noisy, level, E) for h in answers[:2]]
     guided = small.answer(diffusion.guide(*answers[:2], 3.0), noisy, level, E)
