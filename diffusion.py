@@ -226,6 +226,12 @@ def spans(T, size):
     return torch.arange(T) // (size or T)
 
 
+def streams(free, n):
+    """The turn in which each token is written where free (T,), if these are cut into n parts of equal length that are written
+    side by side, a token of each in a turn; -1 elsewhere: (T,)."""
+    return torch.where(free, (free.cumsum(0) - 1) % max(1, -(-int(free.sum()) // n)), -1)
+
+
 def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, eta=0.0, rng=None, watch=None):
     """Tokens (B, T) that keep idx (B, T) where known (T,) and are elsewhere written turn by turn, as group (T,) says, each
     turn in its share of the steps.

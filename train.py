@@ -32,9 +32,10 @@ class Config(ModelConfig):
     grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
     ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
     # what is noised
-    p_given: float = 0.2                 # share of sequences in which a prefix, spans or single tokens are given
-    p_whole: float = 0.1                 # share that is denoised as a whole, not span by span
-    span_warmup: float = 0.4             # share of the steps, the first, with spans of one token only: they teach the longer
+    p_given: float = 0.15                # share of sequences in which a prefix, spans or single tokens are given
+    p_whole: float = 0.05                # share that is denoised as a whole
+    p_spans: float = 0.1                 # share of the others that is denoised in spans of 2 tokens and more, not in streams of one
+    span_warmup: float = 0.4             # share of the steps, the first, with streams only: they teach the spans
     self_conditioning: float = 0.5       # share that sees a first guess of x_0; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
@@ -62,7 +63,7 @@ class Config(ModelConfig):
         for names, low, high in (
                 ("batch_size batch_tokens max_steps log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
-                ("p_given p_whole span_warmup self_conditioning conditioning_dropout ema_decay", 0, 1),
+                ("p_given p_whole p_spans span_warmup self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate", 1e-12, 1e3)):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
@@ -142,7 +143,7 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import (SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory,
+from model import (KERNEL, SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory,
                    peak_flops, peak_gb, write_checkpoint)
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
 from sample import Config as SampleConfig, sample
@@ -248,28 +249,39 @@ def choose_given(T, rng):
 
 def choose_turns(cfg, step, rng):
     """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of 1, 2, 4 ...
-    span_size tokens, and twice as often of one, the best teacher; or in such spans between tokens that are given. In the
-    first steps (span_warmup) every span is of one token."""
-    T, kind = cfg.block_size, torch.rand((), generator=rng).item()
-    sizes = [1, *(2 ** k for k in range(cfg.span_size.bit_length()) if 2 ** k < cfg.span_size), cfg.span_size or T]
-    span, whole = sizes[int(torch.randint(len(sizes), (), generator=rng))] if cfg.span_size else T, T
-    if cfg.span_size and step < cfg.span_warmup * cfg.max_steps:
-        span = whole = 1
-    if kind < cfg.p_given:
-        return torch.where(choose_given(T, rng), 0, 1 + diffusion.spans(T, span))
-    return diffusion.spans(T, whole if kind < cfg.p_given + cfg.p_whole else span)
+    span_size tokens, and twice as often of one, the best teacher; or in such spans between tokens that are given. Spans of one
+    are written in 1, 2, 4 ... streams. In the first steps (span_warmup) every span is of one token."""
+    def draw(least, most):
+        sizes = [*(2 ** k for k in range(most.bit_length()) if least <= 2 ** k < most), most]
+        return sizes[int(torch.randint(len(sizes), (), generator=rng))]
+    T, (kind, span) = cfg.block_size, torch.rand(2, generator=rng).tolist()
+    free = ~choose_given(T, rng) if kind < cfg.p_given else torch.ones(T, dtype=torch.bool)
+    warm_up = step < cfg.span_warmup * cfg.max_steps
+    if not cfg.span_size or cfg.p_given <= kind < cfg.p_given + cfg.p_whole and not warm_up:
+        group = diffusion.spans(T, T)
+    elif warm_up or span >= cfg.p_spans:
+        group = diffusion.streams(free, draw(1, cfg.streams))
+    else:
+        group = diffusion.spans(T, draw(2, cfg.span_size))
+    return group if free.all() else torch.where(free, 1 + group, 0)
+
+
+def apart(group):
+    """Which of the tokens in the turns group (T,) are of a turn none of whose tokens are neighbours, to the convolution: (T,)."""
+    around = F.pad(group, (KERNEL // 2, KERNEL // 2), value=-1).unfold(0, KERNEL, 1)
+    return ~torch.isin(group, group[(around == group[:, None]).sum(1) > 1])
 
 
 def noise_levels(cfg, step, i, group):
     """The diffusion index of each token of sample i, written in the turns group (T,): (T,) int64.
 
     The level of turn 0 is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order. A
-    token that is written alone gets the highest level, at which sample.py decides it and nothing but its context can help; for
-    the bound itself or for eps_hat, all levels count.
+    token that is written alone, or far from others, gets the highest level, at which sample.py decides it and nothing but its
+    context can help; for the bound itself or for eps_hat, all levels count.
     """
     u = (permute(i, cfg.samples, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / cfg.samples
     t = 1 + (diffusion.by_turn(u, group.double()) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
-    return torch.where(torch.bincount(group)[group] == 1, cfg.timesteps, t) if cfg.objective == "ce" else t
+    return torch.where(apart(group), cfg.timesteps, t) if cfg.objective == "ce" else t
 
 
 def make_sample(cfg, windows, step, i, device):
@@ -393,17 +405,18 @@ def eval_windows(windows, n):
 
 
 @torch.no_grad()
-def measure(model, idx, batch_size, span=None, steps=0, bands=8, curve=32):
+def measure(model, idx, batch_size, span=None, steps=0, streams=1, bands=8, curve=32):
     """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict.
 
-    `span` tokens are written together (0: all, None: one if the network was trained so), each turn in so many steps (0: a single
-    token in one, as sample.py does, without a second pass; more tokens in all timesteps).
+    `span` tokens are written together (0: all, None: one if the network was trained so), single ones in so many `streams`, and
+    each turn in so many steps (0: single tokens in one, as sample.py does, without a second pass; more tokens in all timesteps).
     """
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     span = min(1, model.cfg.span_size) if span is None else span
     steps = steps or (1 if span == 1 else len(alpha_bar) - 1)
-    group = diffusion.spans(idx.size(1), span).to(idx.device)
-    batch_size = max(1, min(batch_size, SCORES // (idx.size(1) * len(table))))
+    T = idx.size(1)
+    group = (diffusion.streams(torch.ones(T, dtype=torch.bool), streams) if span == 1 else diffusion.spans(T, span)).to(idx.device)
+    batch_size = max(1, min(batch_size, SCORES // (T * len(table))))
     read, free = diffusion.make_read(model.cfg, table, model.vocab_size), partial(model.likelihood, E=table)
 
     def predict_for(part):
