@@ -236,8 +236,8 @@ def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, e
     """Tokens (B, T) that keep idx (B, T) where known (T,) and are elsewhere written turn by turn, as group (T,) says, each
     turn in its share of the steps.
 
-    `network_for(tokens, group, start, end)` is the network of the noisy tokens start .. end that are written after those
-    of smaller turns; known tokens have the smallest. What the last call leaves open is drawn from its softmax, or decided
+    `network_for(tokens, group, places)` is the network of the noisy tokens at places (n,) that are written after those of
+    smaller turns; known tokens have the smallest. What the last call leaves open is drawn from its softmax, or decided
     for the likeliest with eta = 0. watch(t, tokens), if given, sees the text after every call.
     Raises ValueError if there are fewer steps than turns.
     """
@@ -246,24 +246,23 @@ def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, e
     if steps < len(turns):
         raise ValueError(f"steps={steps} is less than one for each of {len(turns)} turns")
     for i, turn in enumerate(turns):
-        start, end = (group == turn).nonzero()[[0, -1]].flatten().tolist()
-        part, now = tokens[:, start:end + 1], (group == turn)[start:end + 1]
-        network, n = network_for(tokens, group, start, end + 1), steps * (i + 1) // len(turns) - steps * i // len(turns)
-        write_turn(network, read, table, alpha_bar, part, now, n, eta, rng, watch and (lambda t: watch(t, tokens)))
+        places = (group == turn).nonzero().flatten()
+        share = steps * (i + 1) // len(turns) - steps * i // len(turns)
+        write_turn(network_for(tokens, group, places), read, table, alpha_bar, tokens, places, share, eta, rng, watch)
     return tokens
 
 
-def write_turn(network, read, table, alpha_bar, tokens, now, steps, eta=0.0, rng=None, watch=None):
-    """Write, in place, those of the tokens (B, n) that stand where now (n,)."""
-    calls, x_known, held = [], table[tokens], ~now.expand(tokens.shape)
+def write_turn(network, read, table, alpha_bar, tokens, places, steps, eta=0.0, rng=None, watch=None):
+    """Write, in place, those of the tokens (B, T) that stand at places (n,)."""
+    calls = []
 
     def keep(t, x_0_hat, logits):
         calls.append(t)
-        tokens.copy_(torch.where(now, choose(logits, eta * (len(calls) == steps), rng), tokens))
+        tokens[:, places] = choose(logits, eta * (len(calls) == steps), rng)
         if watch:
-            watch(t)
-    denoise = denoiser(network, read, alpha_bar, held, keep)
-    sample_constrained_ddim(denoise, randn(x_known, rng), alpha_bar, x_known, held, steps, eta, rng)
+            watch(t, tokens)
+    x_T = randn(table[tokens[:, places]], rng)
+    sample_ddim(denoiser(network, read, alpha_bar, watch=keep), x_T, alpha_bar, steps, eta, rng)
 
 
 # ---- objectives ----

@@ -19,7 +19,7 @@ import sys
 import weakref
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -32,6 +32,7 @@ from configurator import ModelConfig
 
 CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond which nothing changes: readable, blind
 LATER = 2 ** 31               # the turn of what is never read
+ALL = slice(None)             # places: every one of a text
 GAIN = 4                      # of what the head reads, for which Adam's steps of one size would else be small (bench/LOG.md)
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
@@ -65,11 +66,11 @@ def in_chunks(f, width, *inputs):
     return torch.cat(done).unflatten(0, (B, T))
 
 
-def visible(group, start, end, relation):
-    """Where relation(turn of another token, own turn) holds for the tokens start .. end of group (B, T): for attention
+def visible(group, places, relation):
+    """Where relation(turn of another token, own turn) holds for the n tokens at these places of group (B, T): for attention
     (B, 1, n, T), and for the neighbours in the convolution (B, n, KERNEL)."""
-    own = group[:, start:end, None]
-    around = F.pad(group, (KERNEL // 2, KERNEL // 2), value=LATER).unfold(1, KERNEL, 1)[:, start:end]
+    own = group[:, places, None]
+    around = F.pad(group, (KERNEL // 2, KERNEL // 2), value=LATER).unfold(1, KERNEL, 1)[:, places]
     return relation(group[:, None], own)[:, None], relation(around, own)
 
 
@@ -78,7 +79,7 @@ class Past(NamedTuple):
     blocks: list                   # of each: what its convolution reads (B, T, n_embd), keys and values (B, H, T, D), the prompt's
     attend: torch.Tensor           # (B, 1, n, T + n) of n noisy tokens: which clean ones, then which noisy ones they see
     near: tuple                    # the same for the convolution: two of (B, n, KERNEL)
-    start: int                     # place of the first noisy token
+    places: Any                    # where the noisy tokens stand: ALL, or (n,)
 
 
 class Attention(nn.Module):
@@ -119,18 +120,18 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * d, d, bias=False)
         self.offset = nn.Parameter(torch.zeros(6 * d))                    # this layer's own part of the modulation
 
-    def mix(self, x, near=None):
-        """A depthwise convolution of x (B, n + KERNEL - 1, n_embd), of those neighbours that are `near` (B, n, KERNEL)."""
-        n = x.size(1) - KERNEL + 1
-        taps = (x[:, i:i + n] * self.local[i] for i in range(KERNEL))
+    def mix(self, x, near=None, places=ALL):
+        """A depthwise convolution of x (B, T, n_embd) at n places, of those neighbours that are `near` (B, n, KERNEL)."""
+        padded, T = F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2)), x.size(1)
+        taps = (padded[:, i:i + T][:, places] * self.local[i] for i in range(KERNEL))
         return sum(taps if near is None else (tap * near[..., i:i + 1] for i, tap in enumerate(taps)))
 
-    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, start=0, only_left=False):
+    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, places=ALL, only_left=False):
         scale1, shift1, gate1, scale2, shift2, gate2 = (noise + self.offset).chunk(6, -1)
         local = norm(x)
-        x = x + self.mix(pad(local), near[-1])
+        x = x + self.mix(local if isinstance(places, slice) else torch.zeros_like(past[0]).index_copy(1, places, local), near[-1], places)
         if past is not None:
-            x = x + self.mix(pad(past[0])[:, start:start + x.size(1) + KERNEL - 1], near[0])
+            x = x + self.mix(past[0], near[0], places)
         y = norm(x) * (1 + scale1) + shift1
         k, v = own = self.attn.keys(y, pos)
         crossed = () if self.cross is None else self.cross.keys(context, context_pos) if past is None else past[3:]
@@ -143,10 +144,6 @@ class Block(nn.Module):
             x = x + self.cross_gate * self.cross(norm(x), pos, *crossed, mask)
         y = norm(x) * (1 + scale2) + shift2
         return x + gate2 * self.down(F.gelu(self.up(y))), (local, *own, *crossed)
-
-
-def pad(x):
-    return F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2))
 
 
 class SunFish(nn.Module):
@@ -241,21 +238,19 @@ class SunFish(nn.Module):
 
     def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
         """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
-        return self.read_clean(idx, prompt, prompt_mask, E, sight=visible(group, 0, idx.size(1), torch.le))
+        return self.read_clean(idx, prompt, prompt_mask, E, sight=visible(group, ALL, torch.le))
 
-    def look_back(self, blocks, group, start=0, end=None):
-        """The Past of the tokens start .. end, at a point where all of smaller turns in group (B, T) are in `blocks`."""
-        end = end or group.size(1)
-        (attend, near), (attend_own, near_own) = (visible(group, start, end, relation) for relation in (torch.lt, torch.eq))
-        return Past(blocks, torch.cat((attend, attend_own[..., start:end]), -1), (near, near_own), start)
+    def look_back(self, blocks, group, places=ALL):
+        """The Past of the tokens at these places, at a point where all of smaller turns in group (B, T) are in `blocks`."""
+        (attend, near), (attend_own, near_own) = (visible(group, places, relation) for relation in (torch.lt, torch.eq))
+        return Past(blocks, torch.cat((attend, attend_own[..., places]), -1), (near, near_own), places)
 
     @torch.no_grad()
-    def add_to_past(self, past, idx, now, prompt=None, prompt_mask=None, E=None):
-        """Put those of the tokens idx (B, n) that were written just `now` (n,), of which `past` is the Past, into past.blocks."""
+    def add_to_past(self, past, idx, prompt=None, prompt_mask=None, E=None):
+        """Put the tokens idx (B, n), which were written where past.places (n,) says, into past.blocks."""
         for old, new in zip(past.blocks, self.read_clean(idx, prompt, prompt_mask, E, past=past), strict=True):
             for a, b in zip(old[:3], new[:3], strict=True):              # (B, T, n_embd), or (B, H, T, D)
-                here = a.narrow(-2, past.start, idx.size(1))
-                here.copy_(torch.where(now[:, None], b, here))
+                a.index_copy_(-2, past.places, b)
 
     def read_clean(self, idx, prompt, prompt_mask, E=None, **sight):
         """What each block leaves of clean tokens idx (B, n)."""
@@ -280,8 +275,8 @@ class SunFish(nn.Module):
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
         angle = self.level(log_snr)[..., None] / 10 * freq
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
-        start = past.start if past else 0
-        pos = torch.arange(start, start + n, device=x.device)
+        T, places = (past.blocks[0][0].size(1), past.places) if past else (n, ALL)
+        pos = torch.arange(T, device=x.device)[places]
         context, context_pos = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1])
         if prompt is not None and not past:
             context = torch.cat((context, self.prompt_in(E[prompt])), 1)
@@ -291,7 +286,7 @@ class SunFish(nn.Module):
         left = []
         for i, block in enumerate(self.blocks):
             before, only_left = past.blocks[i] if past else None, clean and i == len(self.blocks) - 1
-            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, start, only_left)
+            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, places, only_left)
             left.append(own)
         return x, left
 

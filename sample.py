@@ -21,8 +21,9 @@ class Config:
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
     sampler: str = "ddim"            # ddim, or ddpm (eta=1)
+    streams: int = 1                 # parts of the text that are written side by side, token by token: so many times fewer steps
     span_size: int = -1              # tokens written together, from left to right; 0 is all at once; -1 is 1, if it was trained so
-    steps: int = 0                   # denoising steps for the whole text; 0 is 1 a token, or 8 a span and 64 at least; ddpm: all
+    steps: int = 0                   # denoising steps for the whole text; 0 is 1 a turn, or 8 a span and 64 at least; ddpm: all
     eta: float = 1.0                 # ddim: fresh noise at each step, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.9         # of the scores; below 1 is safer and duller
     guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
@@ -33,7 +34,7 @@ class Config:
     show: bool = False               # watch the first sample of each batch being denoised
 
     def check(self):
-        for name in ("num_samples", "batch_size", "temperature"):
+        for name in ("num_samples", "streams", "batch_size", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name, known in (("mode", ("generate", "infill")), ("sampler", ("ddim", "ddpm"))):
@@ -142,16 +143,18 @@ def progress(cfg, encoding, steps):
 def plan(cfg, model_cfg, known):
     """How many tokens are written together, the turn of each (T,), where known (T,) none is, how many turns, and all their steps.
 
-    Raises ValueError if there are fewer steps than turns, or more in a turn than the network knows timesteps."""
+    Raises ValueError if there are fewer steps than turns, or more in a turn than the network knows timesteps, or streams of spans."""
     size = min(1, model_cfg.span_size) if cfg.span_size < 0 else cfg.span_size
-    group = diffusion.spans(len(known), size)
+    if cfg.streams > 1 and size != 1:
+        raise ValueError(f"streams={cfg.streams} are of single tokens, not of {size or 'all'} at a time; use --span_size=1 or --streams=1")
+    group = diffusion.streams(~known, cfg.streams) if size == 1 else diffusion.spans(len(known), size)
     turns = len(group[~known].unique())
     usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else turns if size == 1 else max(64, 8 * turns)
     steps = cfg.steps or min(usual, turns * model_cfg.timesteps)
     if steps < turns:
-        raise ValueError(f"steps={steps} is less than one for each of {turns} spans; use more, or a larger --span_size")
+        raise ValueError(f"steps={steps} is less than one for each of {turns} turns; use more, or more --streams")
     if steps > turns * model_cfg.timesteps:
-        raise ValueError(f"steps={steps} is more than the {model_cfg.timesteps} timesteps of this checkpoint for each of {turns} spans")
+        raise ValueError(f"steps={steps} is more than the {model_cfg.timesteps} timesteps of this checkpoint for each of {turns} turns")
     return size, group, turns, steps
 
 
@@ -170,17 +173,15 @@ class Reader:
         seen = torch.ones_like(prompt, dtype=torch.bool)
         self.rest = dict(prompt=prompt.repeat(self.branches, 1), prompt_mask=torch.cat((seen, ~seen)[:self.branches]), E=table)
 
-    def network_for(self, tokens, group, start, end):
-        """The network of the noisy tokens start .. end, as `diffusion.generate` asks for it."""
+    def network_for(self, tokens, group, places):
+        """The network of the noisy tokens at these places, as `diffusion.generate` asks for it."""
         tokens, seen = tokens.repeat(self.branches, 1), torch.where(self.unseen, LATER, group)
         if (group == group[0]).all():                   # all at once: there is nothing to look back to
             return self.network
         if self.past:
-            first, blocks = self.past.start, self.past.blocks
-            self.model.add_to_past(self.past, tokens[:, first:first + len(self.now)], self.now, **self.rest)
-        else:
-            blocks = self.model.remember(tokens, seen, **self.rest)
-        self.past, self.now = self.model.look_back(blocks, seen, start, end), group[start:end] == group[start]
+            self.model.add_to_past(self.past, tokens[:, self.past.places], **self.rest)
+        blocks = self.past.blocks if self.past else self.model.remember(tokens, seen, **self.rest)
+        self.past = self.model.look_back(blocks, seen, places)
         return self.network
 
     def network(self, x_t, log_snr, x_prev):
@@ -230,7 +231,8 @@ def main(cfg):
     except ValueError as error:
         fail(error)
     size, _, _, steps = plans[0]
-    together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
+    together = "all tokens at once" if size == 0 else f"{max(size, cfg.streams)} token{'s' * (size + cfg.streams > 2)} at a time"
+    together += f" in {cfg.streams} streams" * (cfg.streams > 1)
     say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
         f"{together}, {device}")
     if not all(prompt.strip() for prompt in prompts):

@@ -24,9 +24,10 @@ VARIANTS = {
     "objective=vlb": dict(objective="vlb"), "objective=vlb seed=2": dict(objective="vlb", seed=2),
     "objective=eps": dict(objective="eps"),
     "schedule=linear": dict(schedule="linear"), "schedule=cosine": dict(schedule="cosine"), "schedule=sqrt": dict(schedule="sqrt"),
-    "spans=1": dict(span_size=1, p_whole=0.0, p_given=0.0), "spans=16": dict(span_size=16), "spans=0": dict(span_size=0),
-    "warmup=0": dict(span_warmup=0.0), "warmup=0.7": dict(span_warmup=0.7),
-    "given=0": dict(p_given=0.0), "given=0.5": dict(p_given=0.5), "whole=0": dict(p_whole=0.0),
+    "head=tied": dict(head="tied"), "head=tied seed=2": dict(head="tied", seed=2),
+    "streams=1": dict(streams=1), "streams=1 seed=2": dict(streams=1, seed=2), "streams=16": dict(streams=16),
+    "spans=0": dict(p_spans=0.0, p_whole=0.0), "spans=0.5": dict(p_spans=0.5), "warmup=0": dict(span_warmup=0.0),
+    "given=0": dict(p_given=0.0), "given=0.5": dict(p_given=0.5), "whole=0.3": dict(p_whole=0.3),
     "one clock": dict(span_size=0, p_given=0.0),
     "self_conditioning=0": dict(self_conditioning=0.0), "self_conditioning=0 seed=2": dict(self_conditioning=0.0, seed=2),
     "self_conditioning=1": dict(self_conditioning=1.0),
@@ -40,13 +41,17 @@ class Config:
     dataset: str = "stories512"      # folder of shards, or name under data/
     out: str = "out/ablate"          # a folder for each run, and table.json
     only: str = ""                   # comma list: variants whose names begin so; "": all. The default is always there
-    spans: str = "1,2,4,8,0"         # the bound of writing so many tokens together; 0 is all at once
+    spans: str = "1,2,8,0"           # the bound of writing so many tokens together; 0 is all at once
+    streams: str = "2,8"             # the bound of single tokens in so many streams
     sequences: int = 1024            # windows for each bound
     steps: int = 600                 # optimizer steps of each run
 
     def check(self):
-        if not all(size.isdigit() for size in self.spans.split(",")):
-            raise ValueError(f"spans={self.spans} is not a list of whole numbers; write for example 1,8,0")
+        for name in ("spans", "streams"):
+            if not all(size.isdigit() for size in getattr(self, name).split(",")):
+                raise ValueError(f"{name}={getattr(self, name)} is not a list of whole numbers; write for example 1,8")
+        if "0" in self.streams.split(","):
+            raise ValueError(f"streams={self.streams}: there is one at least")
         if self.sequences < 2 or self.steps < 1:
             raise ValueError(f"sequences={self.sequences} and steps={self.steps} must be at least 2 and 1")
         known = [name for name in VARIANTS if name.startswith(tuple(self.only.split(",")))]
@@ -86,28 +91,30 @@ def run(cfg, name, settings):
 
 
 @torch.no_grad()
-def bounds(model, schedule, idx, sizes):
-    """Bound and its error for each span size, at the noise levels of a fitted schedule (3,)."""
+def bounds(model, schedule, idx, ways):
+    """Bound and its error for each way, a span size and a number of streams, at the noise levels of a fitted schedule (3,)."""
     model.cfg, model.schedule.data = dataclasses.replace(model.cfg, schedule="gumbel"), schedule
-    return [train.measure(model, idx, 128, size, bands=0) for size in sizes]
+    return [train.measure(model, idx, 128, size, streams=n, bands=0) for size, n in ways]
 
 
 def main(cfg):
     keep_memory()
     torch.set_num_threads(1)
-    sizes, begun, table, schedule = [int(size) for size in cfg.spans.split(",")], time.perf_counter(), [], None
+    begun, table, schedule = time.perf_counter(), [], None
+    ways = [(int(size), 1) for size in cfg.spans.split(",")] + [(1, int(n)) for n in cfg.streams.split(",")]
+    titles = [f"{n} streams" if n > 1 else str(size) for size, n in ways]
     wanted = [name for name in VARIANTS if name == "default" or name.startswith(tuple(cfg.only.split(",")))]
     _, _, windows = train.open_data(train.Config(**{**SIZE, "dataset": cfg.dataset}))
     idx = train.eval_windows(windows, cfg.sequences)
     print(f"{cfg.steps} steps of {SIZE['batch_tokens']:,} tokens, {len(idx):,} windows, {cfg.dataset}; bound in nats a token of writing "
-          f"so many tokens at a time (0: all)\n{'':28}" + "".join(f"{size:>16}" for size in sizes) + "   ms a step")
+          f"so many tokens at a time (0: all)\n{'':28}" + "".join(f"{title:>16}" for title in titles) + "   ms a step")
     for name in wanted:
         model, step_ms = run(cfg, name, VARIANTS[name])
         schedule = model.schedule.data.clone() if schedule is None else schedule
-        found = bounds(model, schedule, idx, sizes)
+        found = bounds(model, schedule, idx, ways)
         print(f"{name:28}" + "".join(f"{row['bound']:9.3f} +-{row['bound_error']:5.3f}" for row in found) + f"{step_ms:12.0f}", flush=True)
         table.append({"name": name, "settings": VARIANTS[name], "step_ms": step_ms,
-                      "bounds": {size: [row["bound"], row["bound_error"]] for size, row in zip(sizes, found, strict=True)}})
+                      "bounds": {size: [row["bound"], row["bound_error"]] for size, row in zip(titles, found, strict=True)}})
         (Path(cfg.out) / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     print(f"{time.perf_counter() - begun:.0f} s")
 

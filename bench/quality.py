@@ -33,6 +33,7 @@ class Config:
     samples: int = 256               # texts in a row of the sample table, of block_size tokens; 0 leaves it out
     steps: str = "8,16,32,64,128,256"        # denoising steps, a row each
     spans: str = "1,2,4,8,0"         # tokens written together, a row each where there are steps enough; 0 is all at once
+    streams: str = "2,4,8,16"        # parts of a text written side by side, a row each, one step a turn; "": none
     temperatures: str = "0.7,0.8,0.9,1.0"    # of the scores, a row each
     eta: str = "1.0"                 # fresh noise at each step, a row each, from 0 (deterministic) to 1
     pairs: int = 128                 # held-out windows for prompts and blanks; 0 leaves both out
@@ -49,8 +50,10 @@ class Config:
             value, off = getattr(self, name), name in ("samples", "pairs")
             if value < low and not (off and value == 0):
                 raise ValueError(f"{name}={value} is less than {low}" + "; 0 leaves it out" * off)
-        for name, kind, low, high in (("steps", int, 1, 10**6), ("spans", int, 0, 10**6),
+        for name, kind, low, high in (("steps", int, 1, 10**6), ("spans", int, 0, 10**6), ("streams", int, 1, 10**6),
                                       ("temperatures", float, 0.01, 100), ("eta", float, 0, 1), ("guidance", float, 0, 100)):
+            if name == "streams" and not self.streams:
+                continue
             if not all(low <= number <= high for number in numbers(getattr(self, name), kind) or [math.nan]):
                 raise ValueError(f"{name}={getattr(self, name)} is not a list of {'whole ' * (kind is int)}numbers from {low:g} "
                                  f"to {high:g}; write for example {getattr(Config, name)}")
@@ -224,10 +227,11 @@ def write(model, idx, known, prompts, steps, seed, batch_size, **settings):
     return torch.cat(made)
 
 
-def draw(model, n, steps, span, temperature, eta, seed, batch_size=32):
+def draw(model, n, steps, span, temperature, eta, seed, batch_size=32, streams=1):
     """Unconditional samples: (n, block_size)."""
     idx = torch.zeros(n, model.cfg.block_size, dtype=torch.int64)
-    return write(model, idx, idx[0].bool(), idx[:, :0], steps, seed, batch_size, span_size=span, temperature=temperature, eta=eta)
+    return write(model, idx, idx[0].bool(), idx[:, :0], steps, seed, batch_size, span_size=span, streams=streams,
+                 temperature=temperature, eta=eta)
 
 
 def continue_prompts(model, prompts, inside, steps, guidance, seed, batch_size=32):
@@ -246,11 +250,11 @@ def fill(model, idx, known, steps, seed, batch_size=32, eta=1.0):
     return write(model, idx, known, idx[:, :0], steps, seed, batch_size, mode="infill", eta=eta)
 
 
-def draw_twin(twin, n, length, steps, temperature, seed, batch_size):
+def draw_twin(twin, n, length, steps, temperature, seed, batch_size, streams=0):
     """Samples of a twin (n, length), all of one generator."""
     rng = generator("cpu", seed, "twin", steps, temperature)
     parts = torch.arange(n).split(batch_size)
-    return torch.cat([twin.sample(len(part), length, steps, temperature, rng).cpu() for part in parts])
+    return torch.cat([twin.sample(len(part), length, steps, temperature, rng, streams).cpu() for part in parts])
 
 
 def draw_unigram(tokens, n, length, seed):
@@ -336,10 +340,13 @@ def likelihood(cfg, bench):
     row = {"unigram": -model.log_unigram.cpu()[windows].mean().item(), "windows": len(windows), "pairs": cfg.sequences,
            "bytes_per_token": text / windows.numel(),
            **train.measure(model, idx.to(bench.device), cfg.batch_size, bands=16, curve=256), "by_span": []}
-    for size in numbers(cfg.spans, int):
-        found = timed({"what": "bound", "span": size}, lambda size=size: train.measure(
-            model, idx.to(bench.device), cfg.batch_size, size, bands=0))
-        row["by_span"].append({"span": size, **found})
+    for size, n in [(size, 1) for size in numbers(cfg.spans, int)] + [(1, n) for n in numbers(cfg.streams, int) or []]:
+        found = timed({"what": "bound", "span": size, "streams": n}, lambda size=size, n=n: train.measure(
+            model, idx.to(bench.device), cfg.batch_size, size, streams=n, bands=0))
+        if size == 1 and "masked" in bench.twins:
+            nll = in_batches(partial(bench.twins["masked"].nll_in_streams, n=n), cfg.batch_size, bench.device, idx)
+            found |= mean("masked_twin", nll.mean(1))
+        row["by_span"].append({"span": size, "streams": n, **found})
     row["bits_per_byte"] = row["bound"] / math.log(2) / row["bytes_per_token"]
     row["perplexity"], row["unigram_perplexity"] = math.exp(row["bound"]), math.exp(row["unigram"])
     print("1. LIKELIHOOD: the bound is at least the text's cross-entropy; unigram is that of token frequencies alone.\n"
@@ -351,8 +358,8 @@ def likelihood(cfg, bench):
         row[f"{name}_twin"] = evaluate(twin, idx.to(bench.device), cfg)
         print("{} twin {:.3f} +- {:.3f} nats a token, {}".format(name, *row[f"{name}_twin"], "a bound" if name == "masked" else "exact"))
     print("\nThe bound of writing so many tokens together, from left to right (0: all at once), in all timesteps, a single token in "
-          "one step.\nThe one above is of sample.py's way.")
-    show(row["by_span"], "span:d bound:.3f bound_error:.3f")
+          "one step.\nSo many streams: as many parts of the text side by side, a token of each in a step. The one above is of sample.py's way.")
+    show(row["by_span"], "span:d streams:d bound:.3f bound_error:.3f masked_twin:.3f masked_twin_error:.3f")
     print("\nCross-entropy in nats a token by noise, of index t: the network's, and the best without context.")
     curve = [dict(zip(("t", "network", "without_context"), values, strict=True)) for values in row["ce_by_noise"]]
     show(curve, "t:d network:.3f without_context:.3f")
@@ -370,10 +377,13 @@ def systems(cfg, bench, real):
     grid = [{"steps": steps, "temperature": temperature} for steps in numbers(cfg.steps, int) for temperature in temperatures]
     ours = [{**labels, "span": span, "eta": eta} for span in numbers(cfg.spans, int) for eta in numbers(cfg.eta, float)
             for labels in grid if -(-T // (span or T)) <= labels["steps"]]
+    ours += [{"steps": -(-T // n), "temperature": temperature, "span": 1, "streams": n, "eta": 1.0} for n in numbers(cfg.streams, int) or []
+             for temperature in temperatures]
     for labels in ours:
         yield {"text": "SunFish", **labels}, partial(draw, bench.model, n, seed=cfg.seed, batch_size=cfg.batch_size, **labels)
     for name, twin in bench.twins.items():
-        for labels in grid if name == "masked" else [{"steps": T, "temperature": each} for each in temperatures]:
+        streams = [{key: labels[key] for key in ("steps", "temperature", "streams")} for labels in ours if "streams" in labels]
+        for labels in grid + streams if name == "masked" else [{"steps": T, "temperature": each} for each in temperatures]:
             make = partial(draw_twin, twin, n, T, seed=cfg.seed, batch_size=cfg.batch_size, **labels)
             yield {"text": f"{name} twin" + ", the judge" * bool(same and name == "causal"), **labels}, make
 
@@ -402,7 +412,7 @@ def samples(cfg, bench):
     for labels, make in systems(cfg, bench, windows[:cfg.samples]):
         scores = score(timed(labels, make), bench.judge, bench.encoding, dictionary, reference, cfg.batch_size, bench.device)
         rows.append({**labels, **scores})
-    show(rows, "text: steps:d span:d temperature:g eta:g perplexity:,.1f entropy:.3f distinct-1:.3f distinct-2:.3f distinct-4:.3f "
+    show(rows, "text: steps:d span:d streams:d temperature:g eta:g perplexity:,.1f entropy:.3f distinct-1:.3f distinct-2:.3f distinct-4:.3f "
                "repeated:.3f words:.3f MAUVE:.3f")
     return rows
 
@@ -483,7 +493,7 @@ def picture(rows, path):
         return sample.say(f"no picture, because matplotlib is not there ({error}): pip install matplotlib")
     lines = {}
     for row in rows:
-        name = row["text"] + "".join(f", {key} {row[key]:g}" for key in ("steps", "span", "eta") if key in row)
+        name = row["text"] + "".join(f", {key} {row[key]:g}" for key in ("steps", "span", "streams", "eta") if key in row)
         lines.setdefault((row["text"], name), []).append((row["entropy"], row["perplexity"]))
     figure, axes = pyplot.subplots(figsize=(9, 6))
     axes.set_prop_cycle(color=pyplot.cm.tab20.colors)

@@ -41,7 +41,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from diffusion import ce_loss, generator
+from diffusion import ce_loss, generator, streams
 from model import SunFish, in_chunks, keep_memory, model_config, norm, read_checkpoint, visible, write_checkpoint
 
 
@@ -101,15 +101,25 @@ class Twin(nn.Module):
         table = self.net.embedding()
         return self.scores(self.hidden(idx, blank, table), table)
 
-    def sample(self, n, length, steps, temperature=1.0, rng=None):
-        """Texts (n, length), drawn on the CPU generator rng: token by token, or by unmasking in `steps` equal parts of time
-        (ancestral sampling, Sahoo et al. 2024), where each hidden token is written with probability 1 / (steps left)."""
+    @torch.no_grad()
+    def nll_in_streams(self, idx, n):
+        """Nats of each token given those of earlier turns, of the masked twin: idx (B, T) in n streams -> (B, T)."""
+        group, nll = streams(torch.ones_like(idx[0], dtype=torch.bool), n), torch.zeros(idx.shape, device=idx.device)
+        for turn in group.unique():
+            now = group == turn
+            nll[:, now] = ce_loss(self.predict(idx, (group >= turn).expand(idx.shape))[:, now], idx[:, now])
+        return nll
+
+    def sample(self, n, length, steps, temperature=1.0, rng=None, in_streams=0):
+        """Texts (n, length), drawn on the CPU generator rng: token by token; in so many streams; or by unmasking in `steps` equal
+        parts of time (ancestral sampling, Sahoo et al. 2024), where each hidden token is written with probability 1 / (steps left)."""
         idx, blank = torch.zeros(n, length, dtype=torch.int64), torch.ones(n, length, dtype=torch.bool)
         device = self.blank.device
-        calls = length if self.kind == "autoregressive" else steps
-        for i in range(calls):
-            if self.kind == "autoregressive":
-                now = (torch.arange(length) == i).expand(n, -1)
+        in_streams = 1 if self.kind == "autoregressive" else in_streams
+        group = streams(blank[0], in_streams) if in_streams else None
+        for i in range(int(group.max()) + 1 if in_streams else steps):
+            if in_streams:
+                now = (group == i).expand(n, -1)
             else:
                 now = blank & (torch.rand(n, length, generator=rng) < 1 / (steps - i))
             rows = now.any(1)                   # the others' calls, which change nothing, are saved

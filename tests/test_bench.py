@@ -55,6 +55,19 @@ def test_the_masked_twin_sees_what_is_not_hidden():
         assert (change > 1e-4) == (not blank[0, i]), i
 
 
+def test_the_masked_twin_in_streams_knows_earlier_turns_only():
+    twin, log_p = make_twin("masked")
+    idx = torch.randint(50, (2, 12))
+    assert torch.allclose(twin.nll_in_streams(idx, 3), -log_p[idx], atol=1e-5)
+    assert twin.sample(5, 12, 0, in_streams=4).shape == (5, 12)
+    torch.nn.init.normal_(twin.net.head.weight)
+    other, turn = idx.clone(), diffusion.streams(torch.ones(12, dtype=torch.bool), 3)
+    other[:, 6] = (idx[:, 6] + 1) % 50
+    change = (twin.nll_in_streams(idx, 3) - twin.nll_in_streams(other, 3)).abs().amax(0)
+    change[6] = 0
+    assert torch.equal(change > 1e-4, turn > turn[6])
+
+
 def test_the_bound_of_the_masked_twin_on_independent_tokens_is_their_entropy():
     twin, log_p = make_twin("masked")
     rng = torch.Generator().manual_seed(5)

@@ -237,8 +237,9 @@ def test_stratified_covers_the_range_once_for_every_turn():
 def chain(log_first, log_next, read_back):
     """A network_for of the exact posterior of a Markov chain, written from left to right one token at a time; of a turn
     it must be told nothing but the tokens before it, which read_back() checks."""
-    def network_for(tokens, group, start, end):
-        assert end == start + 1 and (group[:start] < group[start]).all()
+    def network_for(tokens, group, places):
+        start, = places.tolist()
+        assert (group[:start] < group[start]).all()
         read_back(tokens, start)
         prior = log_next[tokens[:, start - 1]] if start else log_first.expand(len(tokens), -1)
 
@@ -275,16 +276,25 @@ def test_generate_keeps_what_is_known_and_writes_the_rest_in_turns():
     known, group = torch.tensor([True, False, False, True, False]), torch.tensor([0, 1, 1, 1, 0])
     idx, turns, calls = torch.arange(5).expand(2, 5), [], []
 
-    def network_for(tokens, group, start, end):
-        turns.append((start, end, group.tolist(), tokens[0].tolist()))
+    def network_for(tokens, group, places):
+        turns.append((places.tolist(), group.tolist(), tokens[0].tolist()))
         return lambda x_t, log_snr, x_prev: torch.eye(6)[5].expand(*x_t.shape[:2], 6) * 100
     out = d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=5,
                      watch=lambda t, tokens: calls.append((t, tokens[0].tolist())))
     assert out.tolist() == [[0, 5, 5, 3, 5]] * 2 and idx[0, 1] == 1
-    assert turns == [(4, 5, [-1, 1, 1, -1, 0], [0, 1, 2, 3, 4]), (1, 3, [-1, 1, 1, -1, 0], [0, 1, 2, 3, 5])]
+    assert turns == [([4], [-1, 1, 1, -1, 0], [0, 1, 2, 3, 4]), ([1, 2], [-1, 1, 1, -1, 0], [0, 1, 2, 3, 5])]
     assert len(calls) == 5 and calls[1][1] == [0, 1, 2, 3, 5]
     with pytest.raises(ValueError, match="steps=1 is less than one for each of 2 turns"):
         d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=1)
+
+
+def test_streams_cut_what_is_free_into_equal_parts():
+    free = torch.tensor([False, True, True, True, False, True, True])
+    assert d.streams(free, 1).tolist() == [-1, 0, 1, 2, -1, 3, 4] and d.streams(free, 9).tolist() == [-1, 0, 0, 0, -1, 0, 0]
+    assert d.streams(free, 2).tolist() == [-1, 0, 1, 2, -1, 0, 1]
+    for n in (1, 3, 4, 8):
+        turns = d.streams(torch.ones(50, dtype=torch.bool), n)
+        assert turns.max() + 1 == -(-50 // n) and turns.bincount().max() <= n and (turns.diff() < 0).sum() == n - 1
 
 
 def test_choose_draws_from_the_softmax_or_takes_the_best():

@@ -7,7 +7,7 @@ import torch
 
 import configurator
 import diffusion
-from model import CLEAN, FORMAT, NOISY, SunFish, find_checkpoint, load_model, read_checkpoint
+from model import ALL, CLEAN, FORMAT, NOISY, SunFish, find_checkpoint, load_model, read_checkpoint
 
 
 def meta_size(name, *args):
@@ -64,15 +64,15 @@ def test_rows_have_one_length_and_padding_is_never_sampled(small):
         assert (scores / 0.1).softmax(-1)[..., 50:].max() == 0 and (scores.argmax(-1) < 50).all()
 
 
-def read_in_turns(small, idx, noisy, group, start=0, end=12):
-    """Logits of the noisy tokens start .. end in the turns group, beside the clean tokens idx."""
+def read_in_turns(small, idx, noisy, group, places=ALL):
+    """Logits of the noisy tokens at these places in the turns group, beside the clean tokens idx."""
     group = group.expand(len(idx), -1)
-    past = small.look_back(small.remember(idx, group), group, start, end)
-    part = noisy[:, start:end]
+    past = small.look_back(small.remember(idx, group), group, places)
+    part = noisy[:, places]
     return small(part, torch.zeros(part.shape[:2]), torch.zeros_like(part), past=past)
 
 
-@pytest.mark.parametrize("group", [torch.arange(12), torch.arange(12) // 4, torch.tensor([0, 1, 1, 0, 0, 2, 2, 1, 0, 0, 3, 0])])
+@pytest.mark.parametrize("group", [torch.arange(12), torch.arange(12) // 4, torch.arange(12) % 3, torch.tensor([0, 1, 1, 0, 0, 2, 2, 1, 0, 0, 3, 0])])
 def test_a_token_reads_earlier_turns_clean_and_its_own_noisy_and_nothing_else(small, group):
     """Change one token, clean or noisy: exactly those outputs change that may know it, through attention and convolution."""
     torch.manual_seed(1)
@@ -97,14 +97,15 @@ def test_one_turn_is_full_attention_and_a_part_alone_says_what_it_says_in_the_wh
     heeding = small(noisy, torch.zeros(2, 12), torch.zeros_like(noisy), *prompted)
     past = small.look_back(small.remember(idx, one, *prompted), one)            # with the keys of the prompt in it
     assert torch.allclose(small(noisy, torch.zeros(2, 12), torch.zeros_like(noisy), *prompted, past), heeding, atol=1e-4)
-    group = torch.arange(12) // 4
-    together = read_in_turns(small, idx, noisy, group)
-    for start in (0, 4, 8):
-        assert torch.allclose(read_in_turns(small, idx, noisy, group, start, start + 4), together[:, start:start + 4], atol=1e-4)
-    assert (together - whole).abs().max() > 1e-2
+    for group in (torch.arange(12) // 4, torch.arange(12) % 4, torch.tensor([0, 1, 1, 0, 0, 2, 2, 1, 0, 0, 3, 0])):
+        together = read_in_turns(small, idx, noisy, group)
+        for turn in group.unique():
+            places = (group == turn).nonzero().flatten()
+            assert torch.allclose(read_in_turns(small, idx, noisy, group, places), together[:, places], atol=1e-4)
+        assert (together - whole).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("group", [torch.arange(12) // 4, torch.tensor([-1, 0, 0, -1, -1, 1, -1, 1, 2, 2, -1, 2])])
+@pytest.mark.parametrize("group", [torch.arange(12) // 4, torch.arange(12) % 3, torch.tensor([-1, 0, 0, -1, -1, 1, -1, 1, 2, 2, -1, 2])])
 def test_text_read_as_it_is_written_is_text_read_as_a_whole(small, group):
     """Turn by turn, with later tokens still unknown, the blocks come to hold what one reading of all gives."""
     torch.manual_seed(1)
@@ -112,9 +113,8 @@ def test_text_read_as_it_is_written_is_text_read_as_a_whole(small, group):
     prompted, group = dict(prompt=prompt, prompt_mask=torch.ones(2, 3, dtype=torch.bool)), group.expand(2, -1)
     blocks = small.remember(torch.where(group < 0, idx, junk), group, **prompted)
     for turn in range(3):
-        start, end = (group[0] == turn).nonzero()[[0, -1]].flatten().tolist()
-        past = small.look_back(blocks, group, start, end + 1)
-        small.add_to_past(past, idx[:, start:end + 1], group[0, start:end + 1] == turn, **prompted)
+        places = (group[0] == turn).nonzero().flatten()
+        small.add_to_past(small.look_back(blocks, group, places), idx[:, places], **prompted)
     for made, whole in zip(blocks, small.remember(idx, group, **prompted), strict=True):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, whole, strict=True))
 
@@ -127,7 +127,7 @@ def test_several_branches_in_one_call_are_several_calls(small):
     for seen, turns in ((True, group), (False, torch.where(group == 0, 9, group))):
         rows.append((idx, turns.expand(2, -1), prompt, torch.full((2, 3), seen)))
     for idx, turns, prompt, seen in (*rows, map(torch.cat, zip(*rows, strict=True))):
-        past = small.look_back(small.remember(idx, turns, prompt, seen), turns, 8, 12)
+        past = small.look_back(small.remember(idx, turns, prompt, seen), turns, torch.arange(8, 12))
         answers.append(small.hidden(small.posterior_mean(noisy, level, E), level, guess, prompt, seen, past, E))
     assert torch.allclose(torch.cat(answers[:2]), answers[2], atol=1e-5) and (answers[0] - answers[1]).abs().max() > 1e-3
     scored = [small.answer(h, noisy, level, E) for h in answers[:2]]

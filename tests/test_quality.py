@@ -31,7 +31,10 @@ class Judge:
     def features(self, idx):
         return torch.nn.functional.one_hot(idx, len(self.log_p)).float().mean(1)
 
-    def sample(self, n, length, steps, temperature, rng):
+    def nll_in_streams(self, idx, n):
+        return self.nll(idx) + n
+
+    def sample(self, n, length, steps, temperature, rng, in_streams=0):
         return torch.multinomial(self.log_p.exp(), n * length, replacement=True, generator=rng).view(n, length)
 
     def predict(self, idx, hidden):
@@ -169,7 +172,7 @@ def twin(shards, monkeypatch, tmp_path):
 
 
 SMALL = ["--sequences=64", "--samples=6", "--steps=2,16", "--temperatures=0.8,1", "--pairs=8", "--guidance=1,3",
-         "--spans=1,8,0", "--batch_size=4", "--device=cpu"]
+         "--spans=1,8,0", "--streams=4", "--batch_size=4", "--device=cpu"]
 
 
 def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
@@ -184,16 +187,19 @@ def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
     assert bound["pairs"] == 64 and len(bound["ce_by_noise"]) == 16 and "unigram cross-entropy" in out.stdout
     vocabulary = prepare_fineweb.read_meta(shards)["vocab_size"]
     assert all(row["perplexity"] == pytest.approx(vocabulary, rel=1e-4) for row in rows)       # the judge is uniform
-    assert [row["text"] for row in rows] == ["held-out text", "unigram floor", "bigram floor", *["SunFish"] * 20,
-                                             *["masked twin"] * 4, *["causal twin"] * 2]
+    assert [row["text"] for row in rows] == ["held-out text", "unigram floor", "bigram floor", *["SunFish"] * 22,
+                                             *["masked twin"] * 6, *["causal twin"] * 2]
     assert rows[0]["words"] > 0.8 and 0.99 > rows[0]["MAUVE"] > max(row["MAUVE"] for row in rows if "twin" in row["text"])
     assert [row["continuation"] for row in result["prompting"]] == ["held-out text", "SunFish, no prompt", *(
         f"{place}, guidance {scale}" for place in ("in the window", "half before it", "before it") for scale in (1, 3))]
-    assert [row["span"] for row in bound["by_span"]] == [1, 8, 0] and bound["by_span"][0]["bound"] == bound["bound"]
+    ways = bound["by_span"]
+    assert [(row["span"], row["streams"]) for row in ways] == [(1, 1), (8, 1), (0, 1), (1, 4)] and bound["by_span"][0]["bound"] == bound["bound"]
+    assert [row.get("masked_twin") for row in ways] == pytest.approx([math.log(vocabulary) + 1, None, None, math.log(vocabulary) + 4])
+    assert [row["steps"] for row in rows if row.get("streams") == 4] == [4] * 4
     assert len(result["blanks"]) == 3 and result["settings"]["steps"] == "2,16"
     assert [row["recovered"] for row in result["single_tokens"] if "twin" in row["guessed_by"]] == [0.5, 0.5]
     assert all(f"{title} " in out.stdout for title in ("perplexity", "adherence", "worse", "recovered", "own"))
-    assert out.stderr.count(" s\n") == len(rows) + 14 and "SunFish, steps 16, temperature 0.8, span 8, eta 1: " in out.stderr
+    assert out.stderr.count(" s\n") == len(rows) + 15 and "SunFish, steps 16, temperature 0.8, span 8, eta 1: " in out.stderr
     found = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "made/frontier.png").exists() == found and ("no picture" in out.stderr) != found
 
@@ -217,7 +223,7 @@ def test_the_same_seed_gives_the_same_table_and_no_judge_gives_less(trained, tmp
     assert first == call(args).stdout != other
     assert "no --judge" in first and "adherence" not in first and "SINGLE TOKENS" in first
     row = next(line for line in first.splitlines() if line.startswith("held-out text")).split()
-    assert row[2:7] == ["-"] * 5 and row[-2:] == ["-"] * 2 and float(row[7]) > 1
+    assert row[2:8] == ["-"] * 6 and row[-2:] == ["-"] * 2 and float(row[8]) > 1
 
 
 def test_without_the_package_there_is_no_mauve(trained, shards, twin, monkeypatch):
@@ -238,7 +244,7 @@ def test_without_the_package_there_is_no_mauve(trained, shards, twin, monkeypatc
     (["--guidance="], "guidance= is not a list"),
     (["--steps=1001"], "more than the 1000 timesteps"),
     (["--condition_steps=16001"], "more than the 1000 timesteps"),
-    (["--condition_steps=1"], "less than one for each of 16 spans"),
+    (["--condition_steps=1"], "less than one for each of 16 turns"),
     ([f"--out={__file__}"], "cannot be a folder"),
     (["--samples=1"], "samples=1 is less than 2; 0 leaves it out"),
     (["--samples=9999999"], "held-out windows"),

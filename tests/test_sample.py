@@ -65,24 +65,24 @@ def test_guided_turns_are_two_fresh_readings_weighed_by_hand(small, begun):
     group, text = torch.where(known, -1, torch.arange(12) // 4), torch.randint(50, (2, 12))
     reader, tokens = script.Reader(small, table, prompt, known, 3.0), torch.where(known, text, 0)
     for turn in group[~known].unique().tolist():
-        now, (x, guess), level = group == turn, torch.randn(2, 2, 4, 16), torch.randn(2, 4)
-        start, end = 4 * turn, 4 * turn + 4
-        got = reader.network_for(tokens, group, start, end)(x, level, guess)
+        places, (x, guess), level = (group == turn).nonzero().flatten(), torch.randn(2, 2, 4, 16), torch.randn(2, 4)
+        got = reader.network_for(tokens, group, places)(x, level, guess)
         answers = []
         for seen, turns in ((True, group), (False, group.masked_fill(known, script.LATER))):
             seen, turns = torch.full((2, 3), seen), turns.expand(2, -1)
-            past = small.look_back(small.remember(tokens, turns, prompt, seen), turns, start, end)
+            past = small.look_back(small.remember(tokens, turns, prompt, seen), turns, places)
             answers.append(small(x, level, guess, prompt, seen, past))
         want = script.diffusion.guide(*answers, 3.0)
         assert torch.allclose(got[..., :50], want[..., :50], atol=1e-3) and (answers[0] - answers[1]).abs().max() > 0.1
-        tokens[:, now] = text[:, now]
+        tokens[:, places] = text[:, places]
 
 
 def test_text_is_written_in_turns_or_at_once(checkpoint):
     def header(*args): return call(["sample.py", f"--checkpoint={checkpoint}", *args]).stderr
     assert "24 steps, 1 token at a time" in header() and "64 steps, all tokens at once" in header("--span_size=0")
     assert "6 steps, 12 tokens at a time" in header("--span_size=12", "--steps=6")
-    assert "larger --span_size" in write(checkpoint, "--span_size=2", code=2).stderr
+    assert "6 steps, 4 tokens at a time in 4 streams" in header("--streams=4") and "1 network calls" in header("--streams=24")
+    assert "more --streams" in write(checkpoint, "--span_size=2", code=2).stderr
 
 
 def test_every_span_gets_steps_enough():
@@ -94,9 +94,10 @@ def test_every_span_gets_steps_enough():
     assert steps() == (64, 64) and steps(span_size=0) == steps(cfg=replace(cfg, span_size=0)) == (1, 64)
     assert steps(span_size=8) == (8, 64) and steps(torch.zeros(512, dtype=torch.bool), span_size=8) == (64, 512)
     assert steps(torch.arange(64) != 9) == (1, 1) and steps(torch.arange(64) != 9, span_size=4) == (1, 64)
+    assert steps(streams=8) == (8, 8) and steps(torch.arange(64) < 9, streams=2) == (28, 28)
     assert steps(sampler="ddpm") == (64, 100) and steps(cfg=replace(cfg, timesteps=4), span_size=8) == (8, 32)
     assert steps(steps=800, span_size=8) == (8, 800)
-    for wrong, words in ((7, "less than one for each of 8 spans"), (801, "more than the 100 timesteps")):
+    for wrong, words in ((7, "less than one for each of 8 turns"), (801, "more than the 100 timesteps")):
         with pytest.raises(ValueError, match=words):
             steps(steps=wrong, span_size=8)
 
@@ -144,6 +145,7 @@ def test_blanks_are_cut_out_before_encoding():
     (["--steps=3001"], "more than the 1000"),
     (["--steps=-1"], "must not be negative"),
     (["--eta=2"], "between 0"),
+    (["--streams=2"], "streams=2 are of single tokens, not of 8"),
     (["--temprature=1"], "temperature"),
     (["--prompt=@nowhere.txt"], "nowhere.txt")])
 def test_mistakes_get_one_line(args, words, checkpoint):
