@@ -42,7 +42,7 @@ import torch
 import torch.nn as nn
 
 from diffusion import ce_loss, generator, streams
-from model import SunFish, in_chunks, keep_memory, model_config, norm, read_checkpoint, visible, write_checkpoint
+from model import ALL, SunFish, in_chunks, keep_memory, model_config, norm, read_checkpoint, visible, write_checkpoint
 
 
 class Twin(nn.Module):
@@ -59,7 +59,7 @@ class Twin(nn.Module):
         net, sight, x = self.net, (None, None), torch.where(blank[..., None], self.blank, table[idx])
         if self.kind == "autoregressive":
             x = torch.cat((self.blank.expand(len(idx), 1, -1), x[:, :-1]), 1)
-            sight = visible(torch.arange(idx.size(1), device=idx.device).expand(idx.shape), 0, idx.size(1), torch.le)
+            sight = visible(torch.arange(idx.size(1), device=idx.device).expand(idx.shape), ALL, torch.le)
         level = torch.full(idx.shape, math.inf, device=idx.device)
         return norm(net.trunk(x, level, torch.zeros_like(x), None, None, table, sight=sight)[0])
 
