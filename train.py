@@ -2,7 +2,7 @@
 Train SunFish: pre-tokenized shards in, checkpoints and a log out.
 
     python train.py config/tiny.py                          # minutes on a laptop, on text that Python brings along
-    python train.py config/micro.py --device=cpu            # 41.6M parameters
+    python train.py config/micro.py --device=cpu            # 41.6M parameters and the output head's 25.8M
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
 The data order and all noise are functions of the settings and of (seed, step, index of the sample in its step), so a run that
@@ -36,7 +36,7 @@ class Config(ModelConfig):
     p_whole: float = 0.05                # share that is denoised as a whole
     p_spans: float = 0.1                 # share of the others that is denoised in spans of 2 tokens and more, not in streams of one
     span_warmup: float = 0.4             # share of the steps, the first, with streams only: they teach the spans
-    self_conditioning: float = 0.5       # share that sees a first guess of x_0; 0 is off
+    self_conditioning: float = 0.5       # share of those not in streams that sees a first guess of x_0; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
     seed: int = 1                        # of weights, data order and noise
@@ -299,10 +299,13 @@ def make_sample(cfg, windows, step, i, device):
 
 
 def make_batch(cfg, windows, step, samples, device):
-    """Samples (indices within the step) as one Batch on the device, those with a first guess in front."""
-    guess = {i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)}
-    made = [make_sample(cfg, windows, step, i, device) for i in sorted(samples, key=lambda i: (i not in guess, i))]
-    fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*made, strict=True))
+    """Samples (indices within the step) as one Batch on the device, those with a first guess in front: a share of those
+    that are denoised in several steps."""
+    made = {i: make_sample(cfg, windows, step, i, device) for i in samples}
+    chosen = {i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)}
+    guess = {i for i in chosen if (made[i][2] < cfg.timesteps).any()}
+    rows = [made[i] for i in sorted(samples, key=lambda i: (i not in guess, i))]
+    fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*rows, strict=True))
     return Batch(*fields, len(guess))
 
 
@@ -865,7 +868,7 @@ def main(cfg):
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.self_conditioning, cfg.in_turns)
+    peak, flops = peak_flops(device), flops_per_token(raw_model, 0, cfg.in_turns)
     stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
     batches = batches_ahead(cfg, train_windows, start, device)
     for step in range(start, cfg.max_steps):

@@ -6,8 +6,8 @@ How fast SunFish trains and writes, each figure beside what the same machine cou
 
 rate: FLOP/s of the matrix products of a forward pass, alone, best of several. floor: FLOPs over that rate in the dtype of
 the trunk, as if there were nothing but products. ratio: time over floor. A training step's FLOPs are those of
-model.flops_per_token, with the first guess counted apart; MFU is them over time and the published peak of a GPU. Weights and
-text are random; only `start` runs the real commands, on the text that Python brings along.
+model.flops_per_token without first guesses, which few sequences get; MFU is them over time and the published peak of a GPU. The mix
+of spans and streams is that after the warm-up. Weights and text are random; only `start` runs the real commands, on the text that Python brings along.
 """
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -150,11 +150,10 @@ def make_step(shape, vocab_size, device, dtype, compiled):
 def training(cfg, name, shape, device, dtype, compiled, rates):
     step, net = make_step(shape, cfg.vocab_size, device, dtype, compiled)
     took, tokens = seconds(step, device, cfg.repeats), shape.batch_tokens
-    flops = {part: tokens * flops_per_token(net, share, shape.in_turns) for part, share in (("all", shape.self_conditioning), ("plain", 0))}
-    peak = peak_flops(device)
-    mfu = {"MFU": flops["all"] / took / peak, "MFU_without_guess": flops["plain"] / took / peak} if peak else {}
+    flops, peak = tokens * flops_per_token(net, 0, shape.in_turns), peak_flops(device)
+    mfu = {"MFU": flops / took / peak} if peak else {}
     what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-    return [line(what, took, flops["all"] / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops["all"] / 1e12, **mfu)]
+    return [line(what, took, flops / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops / 1e12, **mfu)]
 
 
 def peer(cfg, name, shape, device, dtype, compiled, rates):
@@ -220,17 +219,18 @@ def call_flops(shape, vocab_size, tokens, branches):
 
 
 def sampling(cfg, name, shape, device, rates):
-    """Texts of cfg.tokens tokens after a prompt, all at once as the origin writes, and in spans."""
+    """Texts of cfg.tokens tokens after a prompt: all at once as the origin writes, in spans, and in streams."""
     shape, rows = replace(shape, block_size=cfg.tokens, span_size=min(8, cfg.tokens)), []
     model = SunFish(shape, cfg.vocab_size).to(device).eval().requires_grad_(False)
     prompt = torch.randint(cfg.vocab_size, (shape.prompt_size,))
     canvas = torch.zeros(cfg.tokens, dtype=torch.int64), torch.zeros(cfg.tokens, dtype=torch.bool), prompt
-    for span, steps, guidance, n in ((0, cfg.steps, 2.0, 1), (0, cfg.steps, 1.0, 1), (0, cfg.steps, 2.0, 4), (1, cfg.tokens, 2.0, 1),
-                                     (8, max(cfg.steps, cfg.tokens), 2.0, 1)):
-        settings = sample.Config(span_size=span, steps=steps, guidance_scale=guidance)
+    T = cfg.tokens
+    for span, streams, steps, guidance, n in ((0, 1, cfg.steps, 2.0, 1), (0, 1, cfg.steps, 1.0, 1), (0, 1, cfg.steps, 2.0, 4),
+                                              (8, 1, max(cfg.steps, T), 2.0, 1), (1, 1, T, 2.0, 1), (1, 8, -(-T // 8), 2.0, 1)):
+        settings = sample.Config(span_size=span, streams=streams, steps=steps, guidance_scale=guidance)
         took = seconds(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)), device, max(1, cfg.repeats // 2), 1)
         floor = n * steps * call_flops(shape, cfg.vocab_size, cfg.tokens, 1 + (guidance != 1)) / rates[torch.float32] if span == 0 else None
-        what = f"{name}: {n} x {cfg.tokens} tokens, {steps} steps, " + (f"spans of {span}" if span else "all at once") + ", guided" * (guidance != 1)
+        what = f"{name}: {n} x {cfg.tokens} tokens, {steps} steps, " + ("all at once" if span == 0 else f"spans of {span}" if span > 1 else f"{streams} stream{'s' * (streams > 1)}") + ", guided" * (guidance != 1)
         rows.append(line(what, took, floor, ms_a_step=1000 * took / steps, tokens_per_second=n * cfg.tokens / took))
     return rows
 
@@ -258,7 +258,7 @@ def main(cfg):
         shape = load(train.Config, [str(ROOT / "config" / f"{name}.py")])
         shape = replace(shape, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size or shape.batch_size,
                         block_size=cfg.block_size or shape.block_size)
-        shape = replace(shape, batch_tokens=shape.batch_size * shape.block_size)
+        shape = replace(shape, batch_tokens=shape.batch_size * shape.block_size, span_warmup=0.0)
         device, dtype, compiled = train.choose_machine(shape)
         cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
         print(f"{name}: {shape.n_layer} layers of {shape.n_embd}, vocabulary {cfg.vocab_size:,}, {torch.get_num_threads()} threads, "

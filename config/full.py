@@ -1,4 +1,4 @@
-"""1.4B parameters: several GPUs, web text only."""
+"""1.4B parameters, and 0.1B of the output head: several GPUs, web text only."""
 dataset = "fineweb"
 out_dir = "out/full"
 parallel = "fsdp"

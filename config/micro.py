@@ -1,4 +1,4 @@
-"""41.6M parameters with GPT-2's vocabulary: for one GPU, or for a look at it on a CPU."""
+"""41.6M parameters with GPT-2's vocabulary, and 25.8M of the output head: for one GPU, or for a look at it on a CPU."""
 dataset = "fineweb,pydoc"
 out_dir = "out/micro"
 parallel = "ddp"
