@@ -32,7 +32,6 @@ class ModelConfig:
     block_size: int = 512            # tokens in a window
     prompt_size: int = 64            # most tokens of prompt that cross-attention sees
     span_size: int = 8               # most tokens that are written together, from left to right; 0 is the whole window
-    streams: int = 8                 # most parts of a text that are written side by side, a token of each in a turn
     cross_every: int = 1             # cross-attention to the prompt in every n-th block
     objective: str = "ce"            # ce, cross-entropy of the token; vlb, the likelihood bound; eps, squared error of the noise
     head: str = "full"               # full, n_embd weights of its own for each token; tied, the token vectors, of rank token_dim
@@ -43,7 +42,7 @@ class ModelConfig:
 
     def check(self):
         """Raise ValueError, in one line that says what to do, for a network that cannot be built."""
-        for name in "n_layer n_head n_embd token_dim block_size prompt_size streams cross_every beta_start".split():
+        for name in "n_layer n_head n_embd token_dim block_size prompt_size cross_every beta_start".split():
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.n_embd % (2 * self.n_head):

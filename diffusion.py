@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+FAR = 4                         # distance of tokens that may be decided in one step without knowing of each other
 CLEAN, NOISY = -4.2, 6.0        # ends of the fitted schedule in g = -log_snr - 2 log R: every token readable, none
 
 
@@ -227,9 +228,9 @@ def spans(T, size):
 
 
 def streams(free, n):
-    """The turn in which each token is written where free (T,), if these are cut into n parts of equal length that are written
-    side by side, a token of each in a turn; -1 elsewhere: (T,)."""
-    return torch.where(free, (free.cumsum(0) - 1) % max(1, -(-int(free.sum()) // n)), -1)
+    """The turn in which each token is written where free (T,), if these are cut into n parts at most, of FAR tokens at least,
+    that are written side by side, a token of each in a turn; -1 elsewhere: (T,)."""
+    return torch.where(free, (free.cumsum(0) - 1) % max(FAR, -(-int(free.sum()) // n)), -1)
 
 
 def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, eta=0.0, rng=None, watch=None):

@@ -259,13 +259,16 @@ class SunFish(nn.Module):
         return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight, clean=True)[1]
 
     def answer(self, hidden, x_t, log_snr, E):
-        """What forward returns, of hidden (..., n_embd). For tokens it is the likelihood of x_t plus what the head says, (..., V)."""
+        """What forward returns, of hidden (..., n_embd). For tokens it is the likelihood of x_t, if there is one, plus what the head
+        says: (..., V)."""
         if self.cfg.objective == "eps":
             return self.head(GAIN * hidden).float()
-        signal = self.signal(x_t, log_snr)
+        signal = 0 if x_t is None else self.signal(x_t, log_snr)
         if self.cfg.head == "tied":
             return F.linear(signal + self.head(GAIN * hidden) / math.sqrt(self.cfg.token_dim), E, self.log_unigram).float()
         own = F.linear(GAIN * hidden, self.head.weight, self.head.bias + self.log_unigram)
+        if x_t is None:
+            return own.float()
         return torch.addmm(own.flatten(0, -2), signal.flatten(0, -2), E.T).view_as(own).float()
 
     def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None), clean=False):

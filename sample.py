@@ -145,14 +145,16 @@ def plan(cfg, model_cfg, known):
 
     Raises ValueError if there are fewer steps than turns, or more in a turn than the network knows timesteps, or streams of spans."""
     size = min(1, model_cfg.span_size) if cfg.span_size < 0 else cfg.span_size
-    if cfg.streams > 1 and size != 1:
-        raise ValueError(f"streams={cfg.streams} are of single tokens, not of {size or 'all'} at a time; use --span_size=1 or --streams=1")
-    group = diffusion.streams(~known, cfg.streams) if size == 1 else diffusion.spans(len(known), size)
+    once = size == 1 and model_cfg.objective == "ce"            # trained to decide single tokens in one step
+    if cfg.streams > 1 and not once:
+        raise ValueError(f"streams={cfg.streams} are of single tokens, each decided in one step, and this network writes "
+                         f"{f'{size} tokens' if size else 'all'} at a time in several; use --span_size=1 if it was trained so, or --streams=1")
+    group = diffusion.streams(~known, cfg.streams) if once else diffusion.spans(len(known), size)
     turns = len(group[~known].unique())
-    usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else turns if size == 1 else max(64, 8 * turns)
+    usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else turns if once else max(64, 8 * turns)
     steps = cfg.steps or min(usual, turns * model_cfg.timesteps)
     if steps < turns:
-        raise ValueError(f"steps={steps} is less than one for each of {turns} turns; use more, or more --streams")
+        raise ValueError(f"steps={steps} is less than one for each of {turns} turns; use more, or {'more --streams' if once else 'a larger --span_size'}")
     if steps > turns * model_cfg.timesteps:
         raise ValueError(f"steps={steps} is more than the {model_cfg.timesteps} timesteps of this checkpoint for each of {turns} turns")
     return size, group, turns, steps
@@ -230,9 +232,9 @@ def main(cfg):
         plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
     except ValueError as error:
         fail(error)
-    size, _, _, steps = plans[0]
-    together = "all tokens at once" if size == 0 else f"{max(size, cfg.streams)} token{'s' * (size + cfg.streams > 2)} at a time"
-    together += f" in {cfg.streams} streams" * (cfg.streams > 1)
+    size, _, turns, steps = plans[0]
+    together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
+    together = f"{cfg.streams} streams side by side" if cfg.streams > 1 else together
     say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
         f"{together}, {device}")
     if not all(prompt.strip() for prompt in prompts):

@@ -34,15 +34,16 @@ class Config(ModelConfig):
     # what is noised
     p_given: float = 0.15                # share of sequences in which a prefix, spans or single tokens are given
     p_whole: float = 0.05                # share that is denoised as a whole
+    streams: int = 8                     # most parts of a text that are written side by side, a token of each in a turn
     p_spans: float = 0.1                 # share of the others that is denoised in spans of 2 tokens and more, not in streams of one
     span_warmup: float = 0.4             # share of the steps, the first, with streams only: they teach the spans
-    self_conditioning: float = 0.5       # share of those not in streams that sees a first guess of x_0; 0 is off
+    self_conditioning: float = 0.5       # share that sees a first guess of x_0, where there is more than one step; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
     seed: int = 1                        # of weights, data order and noise
     device: str = "auto"                 # auto, cpu, cuda, cuda:1
     parallel: str = "auto"               # auto, ddp, fsdp: of torchrun's processes; auto shards if the GPU is too small
-    dtype: str = "auto"                  # auto, float32, bfloat16: of the trunk's matrix products
+    dtype: str = "auto"                  # auto, float32, bfloat16: of the matrix products, and the scores they make
     compile: str = "auto"                # auto, true, false: torch.compile
     activation_checkpointing: bool = False   # recompute the blocks in the backward pass: less memory, more time
     dry_run: bool = False                # print sizes, batch and memory, then stop
@@ -61,7 +62,7 @@ class Config(ModelConfig):
         """Raise ValueError, in one line that says what to do, for settings that cannot work."""
         super().check()
         for names, low, high in (
-                ("batch_size batch_tokens max_steps log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
+                ("batch_size batch_tokens max_steps streams log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
                 ("p_given p_whole p_spans span_warmup self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate", 1e-12, 1e3)):
@@ -248,9 +249,9 @@ def choose_given(T, rng):
 
 
 def choose_turns(cfg, step, rng):
-    """The turn in which each token of a sample is written: (T,) int64. All at once; or in spans from left to right, of 1, 2, 4 ...
-    span_size tokens, and twice as often of one, the best teacher; or in such spans between tokens that are given. Spans of one
-    are written in 1, 2, 4 ... streams. In the first steps (span_warmup) every span is of one token."""
+    """The turn in which each token of a sample is written: (T,) int64. All at once; in spans from left to right, of 2, 4 ...
+    span_size tokens; or in 1, 2, 4 ... streams, the best teacher. Where tokens are given, they come first, and spans or streams
+    fill the rest. In the first steps (span_warmup) there are streams only."""
     def draw(least, most):
         sizes = [*(2 ** k for k in range(most.bit_length()) if least <= 2 ** k < most), most]
         return sizes[int(torch.randint(len(sizes), (), generator=rng))]
@@ -299,14 +300,15 @@ def make_sample(cfg, windows, step, i, device):
 
 
 def make_batch(cfg, windows, step, samples, device):
-    """Samples (indices within the step) as one Batch on the device, those with a first guess in front: a share of those
-    that are denoised in several steps."""
+    """Samples (indices within the step) as one Batch on the device. In front are those with a first guess: of a fixed share
+    those that need it, filled up to a quarter or all of the share, so that a compiled step meets three sizes only."""
     made = {i: make_sample(cfg, windows, step, i, device) for i in samples}
-    chosen = {i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)}
-    guess = {i for i in chosen if (made[i][2] < cfg.timesteps).any()}
-    rows = [made[i] for i in sorted(samples, key=lambda i: (i not in guess, i))]
+    chosen = [i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)]
+    useful = [i for i in chosen if (made[i][2] < cfg.timesteps).any()]
+    guesses = next(n for n in (0, len(chosen) // 4, len(chosen)) if n >= len(useful))
+    rows = [made[i] for i in sorted(samples, key=lambda i: (i not in useful, i not in chosen, i))]
     fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*rows, strict=True))
-    return Batch(*fields, len(guess))
+    return Batch(*fields, guesses)
 
 
 # ---- the loss ----
@@ -352,16 +354,16 @@ class DenoisingLoss(nn.Module):
 
     @torch.no_grad()
     def first_guess(self, x_t, mean, log_snr, batch, past, table):
-        """x_0_hat of a first pass for the first batch.guesses sequences, zeros for the others; with objective eps for
-        all, as in the origin design, whose guess of x_0 grows without limit at high noise."""
-        x_prev, n = torch.zeros_like(x_t), max(batch.guesses, self.lockstep)
+        """x_0_hat of a first pass for the first batch.guesses sequences, and zeros for the others and where a sampler begins, at
+        the highest level; with objective eps for all, as in the origin design, whose guess of x_0 grows without limit there."""
+        x_prev, n = torch.zeros_like(x_t), max(batch.guesses, int(self.lockstep))
         if not n or not self.cfg.self_conditioning or self.cfg.objective == "eps":
             return x_prev
         past = tree_map(lambda x: x[:n] if isinstance(x, torch.Tensor) else x, past)
         hidden = self.net.hidden(mean[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
         read = diffusion.read_logits(table)
         guess = in_chunks(lambda *x: read(self.net.answer(*x, table), None, None)[0], len(table), hidden, x_t[:n], log_snr[:n])
-        x_prev[:batch.guesses] = guess[:batch.guesses]
+        x_prev[:batch.guesses] = torch.where(batch.t[:n, :, None] < self.cfg.timesteps, guess, 0)[:batch.guesses]
         return x_prev
 
 
@@ -416,7 +418,7 @@ def measure(model, idx, batch_size, span=None, steps=0, streams=1, bands=8, curv
     """
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     span = min(1, model.cfg.span_size) if span is None else span
-    steps = steps or (1 if span == 1 else len(alpha_bar) - 1)
+    steps = steps or (1 if span == 1 and model.cfg.objective == "ce" else len(alpha_bar) - 1)
     T = idx.size(1)
     group = (diffusion.streams(torch.ones(T, dtype=torch.bool), streams) if span == 1 else diffusion.spans(T, span)).to(idx.device)
     batch_size = max(1, min(batch_size, SCORES // (T * len(table))))
@@ -660,8 +662,9 @@ def distribute(cfg, net, ema, device, dtype, compiled):
     print(f"processes {world_size()}, parallel {kind} ({why})")
     loss_fn = DenoisingLoss(recompute_blocks(net, cfg), cfg, lockstep=kind == "fsdp")
     if kind == "fsdp":
+        torch._dynamo.config.recompile_limit = 32       # with prompt or not; clean, noisy or the last; the sizes of a first guess
         for block in net.blocks if compiled else ():
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=False)
         shard = partial(fully_shard, mesh=init_device_mesh(device.type, (world_size(),)))
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
@@ -671,7 +674,7 @@ def distribute(cfg, net, ema, device, dtype, compiled):
         shard(loss_fn)
     net.to_empty(device=device)
     ema.to_empty(device=device)
-    model = torch.compile(loss_fn) if compiled and kind != "fsdp" else loss_fn
+    model = torch.compile(loss_fn, dynamic=False) if compiled and kind != "fsdp" else loss_fn
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if kind == "ddp" else model
 
 
@@ -868,7 +871,7 @@ def main(cfg):
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    peak, flops = peak_flops(device), flops_per_token(raw_model, 0, cfg.in_turns)
+    peak, flops = peak_flops(device), flops_per_token(raw_model, 0, cfg.in_turns)              # first guesses not counted
     stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
     batches = batches_ahead(cfg, train_windows, start, device)
     for step in range(start, cfg.max_steps):

@@ -87,7 +87,7 @@ import torch
 import prepare_fineweb
 import sample
 import train
-from diffusion import generator
+from diffusion import FAR, generator
 from model import choose_device, find_checkpoint, keep_memory, load_model
 
 TRAINING_TOKENS = 2_000_000        # of the training split, read for its words and for the floors
@@ -377,7 +377,7 @@ def systems(cfg, bench, real):
     grid = [{"steps": steps, "temperature": temperature} for steps in numbers(cfg.steps, int) for temperature in temperatures]
     ours = [{**labels, "span": span, "eta": eta} for span in numbers(cfg.spans, int) for eta in numbers(cfg.eta, float)
             for labels in grid if -(-T // (span or T)) <= labels["steps"]]
-    ours += [{"steps": -(-T // n), "temperature": temperature, "span": 1, "streams": n, "eta": 1.0} for n in numbers(cfg.streams, int) or []
+    ours += [{"steps": max(FAR, -(-T // n)), "temperature": temperature, "span": 1, "streams": n, "eta": 1.0} for n in numbers(cfg.streams, int) or []
              for temperature in temperatures]
     for labels in ours:
         yield {"text": "SunFish", **labels}, partial(draw, bench.model, n, seed=cfg.seed, batch_size=cfg.batch_size, **labels)

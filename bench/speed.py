@@ -72,6 +72,7 @@ import torch.nn as nn
 
 import sample
 import train
+from diffusion import FAR
 from model import SCORES, SunFish, flops_per_token, keep_memory, peak_flops, trunk_products
 
 KINDS = {"matrix products": r"mm\b|linear|convolution", "attention": "attention", "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
@@ -226,7 +227,7 @@ def sampling(cfg, name, shape, device, rates):
     canvas = torch.zeros(cfg.tokens, dtype=torch.int64), torch.zeros(cfg.tokens, dtype=torch.bool), prompt
     T = cfg.tokens
     for span, streams, steps, guidance, n in ((0, 1, cfg.steps, 2.0, 1), (0, 1, cfg.steps, 1.0, 1), (0, 1, cfg.steps, 2.0, 4),
-                                              (8, 1, max(cfg.steps, T), 2.0, 1), (1, 1, T, 2.0, 1), (1, 8, -(-T // 8), 2.0, 1)):
+                                              (8, 1, max(cfg.steps, T), 2.0, 1), (1, 1, T, 2.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 1)):
         settings = sample.Config(span_size=span, streams=streams, steps=steps, guidance_scale=guidance)
         took = seconds(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)), device, max(1, cfg.repeats // 2), 1)
         floor = n * steps * call_flops(shape, cfg.vocab_size, cfg.tokens, 1 + (guidance != 1)) / rates[torch.float32] if span == 0 else None

@@ -64,9 +64,8 @@ class Twin(nn.Module):
         return norm(net.trunk(x, level, torch.zeros_like(x), None, None, table, sight=sight)[0])
 
     def scores(self, hidden, table):
-        """Those of SunFish, for vectors that say nothing of the token: hidden (B, ..., n_embd) -> (B, ..., V)."""
-        nothing = hidden.new_zeros((*hidden.shape[:-1], table.size(1)), dtype=torch.float32)
-        return self.net.answer(hidden, nothing, nothing[..., 0], table)
+        """hidden (..., n_embd) -> (..., V)."""
+        return self.net.answer(hidden, None, None, table)
 
     def hide(self, shape, rng=None):
         """Which of idx (B, T) to hide, and the weight of each token in the bound: two of (B, T). The masked twin hides k of T
@@ -105,9 +104,11 @@ class Twin(nn.Module):
     def nll_in_streams(self, idx, n):
         """Nats of each token given those of earlier turns, of the masked twin: idx (B, T) in n streams -> (B, T)."""
         group, nll = streams(torch.ones_like(idx[0], dtype=torch.bool), n), torch.zeros(idx.shape, device=idx.device)
+        table = self.net.embedding()
         for turn in group.unique():
             now = group == turn
-            nll[:, now] = ce_loss(self.predict(idx, (group >= turn).expand(idx.shape))[:, now], idx[:, now])
+            hidden = self.hidden(idx, (group >= turn).expand(idx.shape), table)
+            nll[:, now] = ce_loss(self.scores(hidden[:, now], table), idx[:, now])
         return nll
 
     def sample(self, n, length, steps, temperature=1.0, rng=None, in_streams=0):

@@ -56,13 +56,13 @@ def test_without_guidance_the_prompt_is_not_seen_at_all(small, place):
     assert (made[3, 30][:, known] == 30).all()
 
 
-@pytest.mark.parametrize("begun", [0, 4])
+@pytest.mark.parametrize("begun, order", [(0, torch.arange(12) // 4), (4, torch.arange(12) // 4), (0, torch.arange(12) % 3)])
 @torch.no_grad()
-def test_guided_turns_are_two_fresh_readings_weighed_by_hand(small, begun):
+def test_guided_turns_are_two_fresh_readings_weighed_by_hand(small, begun, order):
     """What the reader keeps from turn to turn answers as a network that reads all anew, with and without the prompt."""
     torch.manual_seed(1)
     known, prompt, table = torch.arange(12) < begun, torch.randint(50, (2, 3)), small.embedding()
-    group, text = torch.where(known, -1, torch.arange(12) // 4), torch.randint(50, (2, 12))
+    group, text = torch.where(known, -1, order), torch.randint(50, (2, 12))
     reader, tokens = script.Reader(small, table, prompt, known, 3.0), torch.where(known, text, 0)
     for turn in group[~known].unique().tolist():
         places, (x, guess), level = (group == turn).nonzero().flatten(), torch.randn(2, 2, 4, 16), torch.randn(2, 4)
@@ -81,8 +81,9 @@ def test_text_is_written_in_turns_or_at_once(checkpoint):
     def header(*args): return call(["sample.py", f"--checkpoint={checkpoint}", *args]).stderr
     assert "24 steps, 1 token at a time" in header() and "64 steps, all tokens at once" in header("--span_size=0")
     assert "6 steps, 12 tokens at a time" in header("--span_size=12", "--steps=6")
-    assert "6 steps, 4 tokens at a time in 4 streams" in header("--streams=4") and "1 network calls" in header("--streams=24")
-    assert "more --streams" in write(checkpoint, "--span_size=2", code=2).stderr
+    assert "6 steps, 4 streams side by side" in header("--streams=4") and " 4 network calls" in header("--streams=24")
+    assert "a larger --span_size" in write(checkpoint, "--span_size=2", code=2).stderr
+    assert "more --streams" in write(checkpoint, "--span_size=1", code=2).stderr
 
 
 def test_every_span_gets_steps_enough():
@@ -94,6 +95,7 @@ def test_every_span_gets_steps_enough():
     assert steps() == (64, 64) and steps(span_size=0) == steps(cfg=replace(cfg, span_size=0)) == (1, 64)
     assert steps(span_size=8) == (8, 64) and steps(torch.zeros(512, dtype=torch.bool), span_size=8) == (64, 512)
     assert steps(torch.arange(64) != 9) == (1, 1) and steps(torch.arange(64) != 9, span_size=4) == (1, 64)
+    assert steps(cfg=replace(cfg, objective="vlb")) == (64, 512)
     assert steps(streams=8) == (8, 8) and steps(torch.arange(64) < 9, streams=2) == (28, 28)
     assert steps(sampler="ddpm") == (64, 100) and steps(cfg=replace(cfg, timesteps=4), span_size=8) == (8, 32)
     assert steps(steps=800, span_size=8) == (8, 800)
@@ -145,7 +147,7 @@ def test_blanks_are_cut_out_before_encoding():
     (["--steps=3001"], "more than the 1000"),
     (["--steps=-1"], "must not be negative"),
     (["--eta=2"], "between 0"),
-    (["--streams=2"], "streams=2 are of single tokens, not of 8"),
+    (["--streams=2"], "streams=2 are of single tokens"),
     (["--temprature=1"], "temperature"),
     (["--prompt=@nowhere.txt"], "nowhere.txt")])
 def test_mistakes_get_one_line(args, words, checkpoint):

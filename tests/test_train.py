@@ -1,5 +1,6 @@
 """Training: data order, batches, accumulation, overfitting, exact resumption, and what a user's mistake gets."""
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -51,13 +52,14 @@ def test_windows_and_prompts_are_the_text_in_order(windows):
 
 
 def test_a_batch_does_not_depend_on_how_it_is_cut(windows):
-    """Every other sequence gets a first guess, if any of its tokens is denoised in several steps."""
+    """Every other sequence gets a first guess, first those of which any token is denoised in several steps."""
     cfg = config("--span_warmup=0", "--p_whole=0.4", "--streams=2")
     whole = train.make_batch(cfg, windows, 5, range(8), "cpu")
     parts = [train.make_batch(cfg, windows, 5, range(i, i + 2), "cpu") for i in range(0, 8, 2)]
     levels = [train.make_sample(cfg, windows, 5, i, "cpu")[2] for i in range(8)]
-    assert 0 < whole.guesses == sum(p.guesses for p in parts) == sum((t < 1000).any().item() for t in levels[1::2]) < 4
-    assert (whole.t[:whole.guesses] < 1000).any(1).all()
+    useful = [(t < 1000).any().item() for t in levels[1::2]]
+    assert [p.guesses for p in parts] == useful and sum(useful) == 2 and whole.guesses == 4
+    assert (whole.t[:2] < 1000).any(1).all() and (whole.t[2:4] == 1000).all()
     def rows(batches): return sorted((b.idx[i].tolist(), b.t[i].tolist(), b.eps[i].tolist(), b.prompt_mask[i].tolist())
                                      for b in batches for i in range(len(b.idx)))
     assert rows([whole]) == rows(parts)
@@ -90,6 +92,17 @@ def test_noise_levels_are_stratified_over_the_step_and_one_for_a_turn(windows):
         assert all((t[group == turn] == 1000).all() for turn in group.unique() if (group == turn).sum() == 1)      # alone: blind
     every = torch.cat([train.noise_levels(cfg, step, i, torch.arange(16) // 2) for step in range(50) for i in range(8)])
     assert (torch.bincount((every - 1) // 100, minlength=10) / len(every) - 0.1).abs().max() < 0.01
+
+
+def test_streams_are_trained_at_pure_noise_and_spans_at_all_levels():
+    cfg, free = config(), torch.ones(64, dtype=torch.bool)
+    assert diffusion.FAR > model.KERNEL // 2
+    for n in (1, 2, 8, 16, 64):
+        group = diffusion.streams(free, n)
+        assert train.apart(group).all() and (train.noise_levels(cfg, 3, 1, group) == 1000).all()
+    assert not train.apart(diffusion.spans(64, 2)).any() and train.apart(torch.tensor([0, 0, 1, 2, 2])).tolist() == [False, False, True, False, False]
+    assert len(train.noise_levels(cfg, 3, 1, diffusion.spans(64, 2)).unique()) > 25
+    assert len(train.noise_levels(config("--objective=vlb"), 3, 1, group).unique()) > 3
 
 
 def test_turns_have_the_shares_that_were_asked_for(windows):
@@ -223,11 +236,39 @@ def test_bound_of_an_untrained_network_is_the_unigram_cross_entropy(windows):
     log_p = windows.unigram()
     model = SunFish(cfg, 300, log_p)
     nll = -log_p[train.eval_windows(windows, 4000)].mean().item()
-    for span, steps in ((4, 0), (0, 0), (1, 1000), (None, 0)):
-        row = train.measure(model, train.eval_windows(windows, 4000), 500, span, steps)
+    for span, steps, streams in ((4, 0, 1), (0, 0, 1), (1, 1000, 1), (1, 0, 4), (None, 0, 1)):
+        row = train.measure(model, train.eval_windows(windows, 4000), 500, span, steps, streams)
         assert abs(row["bound"] - nll) < 4 * row["bound_error"] + row["prior"] < 0.25, span
     assert row["diffusion"] == 0 < row["prior"] < 0.02              # one token in one step: sample.py's way
     assert len(row["ce_by_noise"]) == 8 and all(abs(a - b) < 1e-3 for _, a, b in row["ce_by_noise"])
+
+
+def test_the_bound_in_streams_is_of_turns_that_read_earlier_ones(small):
+    """With noise that says nothing, a turn's tokens are scored from the turns before: by hand, one turn after the other."""
+    small.cfg = dataclasses.replace(small.cfg, schedule="cosine")
+    idx, E = torch.randint(50, (64, 12), generator=torch.Generator().manual_seed(1)), small.embedding()
+    row, group, nll = train.measure(small, idx, 64, 1, streams=3, bands=0), torch.arange(12) % 4, torch.zeros(64, 12)
+    with torch.no_grad():
+        for turn in range(4):
+            places, turns = (group == turn).nonzero().flatten(), group.expand(64, -1)
+            x = torch.randn(64, 3, 16)
+            past = small.look_back(small.remember(idx, turns), turns, places)
+            logits = small(x, torch.full((64, 3), -math.inf), torch.zeros_like(x), past=past, E=E)
+            nll[:, places] = diffusion.ce_loss(logits, idx[:, places])
+    assert row["bound"] == pytest.approx(nll.mean().item(), abs=0.02)
+
+
+def test_a_compiled_step_is_an_eager_one_whatever_the_number_of_first_guesses(windows):
+    cfg = config("--span_warmup=0", "--p_whole=0.5")
+    net = SunFish(cfg, 300)
+    for layer in (net.head, net.read):              # the guess is read with weights that begin at zero
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    loss_fn, batch = train.DenoisingLoss(net, cfg), train.make_batch(cfg, windows, 5, range(8), "cpu")
+    compiled = torch.compile(loss_fn, backend="eager", dynamic=False)
+    for n in (4, 1, 0, 4):
+        loss = loss_fn(batch._replace(guesses=n))[0]
+        assert torch.allclose(compiled(batch._replace(guesses=n))[0], loss, atol=1e-5)
+    assert (loss - loss_fn(batch._replace(guesses=0))[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
