@@ -80,6 +80,12 @@ class Past(NamedTuple):
     attend: torch.Tensor           # (B, 1, n, T + n) of n noisy tokens: which clean ones, then which noisy ones they see
     near: tuple                    # the same for the convolution: two of (B, n, KERNEL)
     places: Any                    # where the noisy tokens stand: ALL, or (n,)
+    fresh: int = 0                 # the first so many of the n are clean, new ones, which the next pass will put into blocks
+
+    def read(self):
+        """The Past after that pass."""
+        m = self.fresh
+        return Past(self.blocks, self.attend[:, :, m:], tuple(near[:, m:] for near in self.near), self.places[m:]) if m else self
 
 
 class Attention(nn.Module):
@@ -107,7 +113,8 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """x (B, n, n_embd) -> x, and what a later turn reads of it: an element of Past.blocks. The prompt's keys and values are
-    those of `past`, if there is one. With only_left, as for the last block of clean tokens, whose x nobody reads, None for x."""
+    those of `past`, if there is one; the first `fresh` of x are put into it, in place. With only_left, as for the last block of
+    clean tokens, whose x nobody reads, None for x."""
 
     def __init__(self, cfg, cross):
         super().__init__()
@@ -126,10 +133,14 @@ class Block(nn.Module):
         taps = (padded[:, i:i + T][:, places] * self.local[i] for i in range(KERNEL))
         return sum(taps if near is None else (tap * near[..., i:i + 1] for i, tap in enumerate(taps)))
 
-    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, places=ALL, only_left=False):
+    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, places=ALL, fresh=0, only_left=False):
         scale1, shift1, gate1, scale2, shift2, gate2 = (noise + self.offset).chunk(6, -1)
-        local = norm(x)
-        x = x + self.mix(local if isinstance(places, slice) else torch.zeros_like(past[0]).index_copy(1, places, local), near[-1], places)
+        whole = local = norm(x)
+        if fresh:
+            past[0].index_copy_(1, places[:fresh], local[:, :fresh])
+        if not isinstance(places, slice):
+            whole = torch.zeros_like(past[0]).index_copy(1, places[fresh:], local[:, fresh:])
+        x = x + self.mix(whole, near[-1], places)
         if past is not None:
             x = x + self.mix(past[0], near[0], places)
         y = norm(x) * (1 + scale1) + shift1
@@ -137,8 +148,10 @@ class Block(nn.Module):
         crossed = () if self.cross is None else self.cross.keys(context, context_pos) if past is None else past[3:]
         if only_left:
             return None, (local, *own, *crossed)
+        for old, new in zip(past[1:3], own, strict=True) if fresh else ():
+            old.index_copy_(2, places[:fresh], new[:, :, :fresh])
         if past is not None:
-            k, v = (torch.cat(both, 2) for both in zip(past[1:3], own, strict=True))
+            k, v = (torch.cat((old, new[:, :, fresh:]), 2) for old, new in zip(past[1:3], own, strict=True))
         x = x + gate1 * self.attn(y, pos, k, v, attend)
         if self.cross is not None:
             x = x + self.cross_gate * self.cross(norm(x), pos, *crossed, mask)
@@ -228,35 +241,34 @@ class SunFish(nn.Module):
         mean = self.posterior_mean(x_t, log_snr, E)
         return self.answer(self.hidden(mean, log_snr, x_prev, prompt, prompt_mask, past, E), x_t, log_snr, E)
 
-    def hidden(self, mean, log_snr, x_prev, prompt, prompt_mask, past, E):
+    def hidden(self, mean, log_snr, x_prev, prompt, prompt_mask, past, E, fresh=None):
         """What the answer is read from, given the posterior mean: (B, n, n_embd). Where the prompt and the past have several rows
-        for each of the mean's, there are so many: (branches * B, n, n_embd)."""
-        branches = 1 if prompt is None else len(prompt) // len(mean)
+        for each of the mean's, there are so many: (branches * B, n, n_embd). The ids fresh (B, past.fresh) are read on the way."""
+        branches, m = 1 if prompt is None else len(prompt) // len(mean), past.fresh if past else 0
+        if m:
+            mean, log_snr = torch.cat((E[fresh], mean), 1), F.pad(log_snr, (m, 0), value=math.inf)
+            x_prev = F.pad(x_prev, (0, 0, m, 0))
         if branches > 1:
             mean, log_snr, x_prev = (torch.cat([x] * branches) for x in (mean, log_snr, x_prev))
-        return norm(self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0])
+        return norm(self.trunk(mean, log_snr, x_prev, prompt, prompt_mask, E, past)[0][:, m:])
 
     def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
         """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
-        return self.read_clean(idx, prompt, prompt_mask, E, sight=visible(group, ALL, torch.le))
-
-    def look_back(self, blocks, group, places=ALL):
-        """The Past of the tokens at these places, at a point where all of smaller turns in group (B, T) are in `blocks`."""
-        (attend, near), (attend_own, near_own) = (visible(group, places, relation) for relation in (torch.lt, torch.eq))
-        return Past(blocks, torch.cat((attend, attend_own[..., places]), -1), (near, near_own), places)
-
-    @torch.no_grad()
-    def add_to_past(self, past, idx, prompt=None, prompt_mask=None, E=None):
-        """Put the tokens idx (B, n), which were written where past.places (n,) says, into past.blocks."""
-        for old, new in zip(past.blocks, self.read_clean(idx, prompt, prompt_mask, E, past=past), strict=True):
-            for a, b in zip(old[:3], new[:3], strict=True):              # (B, T, n_embd), or (B, H, T, D)
-                a.index_copy_(-2, past.places, b)
-
-    def read_clean(self, idx, prompt, prompt_mask, E=None, **sight):
-        """What each block leaves of clean tokens idx (B, n)."""
         E = self.embedding() if E is None else E
-        level, x_0 = torch.full(idx.shape, math.inf, device=idx.device), E[idx]
-        return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, **sight, clean=True)[1]
+        level, x_0, sight = torch.full(idx.shape, math.inf, device=idx.device), E[idx], visible(group, ALL, torch.le)
+        return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, sight=sight, clean=True)[1]
+
+    def look_back(self, blocks, group, places=ALL, fresh=None):
+        """The Past of the tokens at these places, at a point where all of smaller turns in group (B, T) are in `blocks`, or are
+        those at the places `fresh`, which the next pass reads as well."""
+        (attend, near), (attend_own, near_own) = (visible(group, places, relation) for relation in (torch.lt, torch.eq))
+        attend = torch.cat((attend, attend_own[..., places]), -1)
+        if fresh is None:
+            return Past(blocks, attend, (near, near_own), places)
+        clean, around = visible(group, fresh, torch.le)
+        attend = torch.cat((F.pad(clean, (0, len(places))), attend), 2)
+        near = torch.cat((around, near), 1), F.pad(near_own, (0, 0, len(fresh), 0))
+        return Past(blocks, attend, near, torch.cat((fresh, places)), len(fresh))
 
     def answer(self, hidden, x_t, log_snr, E):
         """What forward returns, of hidden (..., n_embd). For tokens it is the likelihood of x_t, if there is one, plus what the head
@@ -278,7 +290,7 @@ class SunFish(nn.Module):
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
         angle = self.level(log_snr)[..., None] / 10 * freq
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
-        T, places = (past.blocks[0][0].size(1), past.places) if past else (n, ALL)
+        T, places, fresh = (past.blocks[0][0].size(1), past.places, past.fresh) if past else (n, ALL, 0)
         pos = torch.arange(T, device=x.device)[places]
         context, context_pos = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1])
         if prompt is not None and not past:
@@ -289,7 +301,7 @@ class SunFish(nn.Module):
         left = []
         for i, block in enumerate(self.blocks):
             before, only_left = past.blocks[i] if past else None, clean and i == len(self.blocks) - 1
-            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, places, only_left)
+            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, places, fresh, only_left)
             left.append(own)
         return x, left
 

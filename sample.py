@@ -162,7 +162,7 @@ def plan(cfg, model_cfg, known):
 
 class Reader:
     """The network for texts that are written turn by turn. What its blocks have read of them stays, so that a turn costs its own
-    tokens only.
+    tokens and those of the turn before.
 
     With guidance the texts stand there twice, in one batch: with all that is given, and without the prompt (B, P) and the
     tokens of `begun` (T,). Both see the same noise, and their answers are weighed where the scores are read from.
@@ -170,25 +170,27 @@ class Reader:
 
     def __init__(self, model, table, prompt, begun, scale):
         self.model, self.table, self.scale, self.past = model, table, scale, None
-        self.branches = 1 if scale == 1 else 2
+        self.branches, self.fresh = 1 if scale == 1 else 2, None
         self.unseen = torch.stack((torch.zeros_like(begun), begun))[:self.branches].repeat_interleave(len(prompt), 0)
         seen = torch.ones_like(prompt, dtype=torch.bool)
         self.rest = dict(prompt=prompt.repeat(self.branches, 1), prompt_mask=torch.cat((seen, ~seen)[:self.branches]), E=table)
 
     def network_for(self, tokens, group, places):
         """The network of the noisy tokens at these places, as `diffusion.generate` asks for it."""
-        tokens, seen = tokens.repeat(self.branches, 1), torch.where(self.unseen, LATER, group)
+        seen = torch.where(self.unseen, LATER, group)
         if (group == group[0]).all():                   # all at once: there is nothing to look back to
             return self.network
-        if self.past:
-            self.model.add_to_past(self.past, tokens[:, self.past.places], **self.rest)
-        blocks = self.past.blocks if self.past else self.model.remember(tokens, seen, **self.rest)
-        self.past = self.model.look_back(blocks, seen, places)
+        if self.past:                                   # the last turn's tokens are read in one pass with this turn's first
+            written = self.past.places
+            self.fresh, self.past = tokens[:, written], self.model.look_back(self.past.blocks, seen, places, written)
+        else:
+            self.past = self.model.look_back(self.model.remember(tokens.repeat(self.branches, 1), seen, **self.rest), seen, places)
         return self.network
 
     def network(self, x_t, log_snr, x_prev):
         mean = self.model.posterior_mean(x_t, log_snr, self.table)
-        hidden = self.model.hidden(mean, log_snr, x_prev, past=self.past, **self.rest)
+        hidden = self.model.hidden(mean, log_snr, x_prev, past=self.past, fresh=self.fresh, **self.rest)
+        self.past = self.past and self.past.read()
         if self.branches == 2:
             hidden = diffusion.guide(*hidden.chunk(2), self.scale)      # the head is linear, so this weighs its answers
         return self.model.answer(hidden, x_t, log_snr, self.table)
@@ -232,7 +234,7 @@ def main(cfg):
         plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
     except ValueError as error:
         fail(error)
-    size, _, turns, steps = plans[0]
+    size, _, _, steps = plans[0]
     together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
     together = f"{cfg.streams} streams side by side" if cfg.streams > 1 else together
     say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
@@ -242,19 +244,18 @@ def main(cfg):
             say("no prompt: the samples are unconditional")
         if cfg.guidance_scale != Config.guidance_scale:
             say(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
-    started, tokens, calls, readings = time.perf_counter(), 0, 0, 0
-    for prompt, canvas, (_, _, turns, steps) in zip(prompts, canvases, plans, strict=True):
+    started, tokens, calls = time.perf_counter(), 0, 0
+    for prompt, canvas, (*_, steps) in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch, seen = progress(cfg, encoding, steps)
             made = sample(model, cfg, canvas, numbers, watch)
-            tokens, calls, readings = tokens + len(made) * int((~canvas[1]).sum()), calls + len(seen), readings + turns
+            tokens, calls = tokens + len(made) * int((~canvas[1]).sum()), calls + len(seen)
             given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
             for number, ids in zip(numbers, made.tolist(), strict=True):
                 write(cfg, prompt, number, encoding.decode(ids[given:]))
     seconds = time.perf_counter() - started
-    say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls and {readings} "
-        f"reading{'s' * (readings != 1)} of what stood before")
+    say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
 
 
 def write(cfg, prompt, number, text):

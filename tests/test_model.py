@@ -112,9 +112,17 @@ def test_text_read_as_it_is_written_is_text_read_as_a_whole(small, group):
     idx, junk, prompt = (torch.randint(50, (2, n)) for n in (12, 12, 3))
     prompted, group = dict(prompt=prompt, prompt_mask=torch.ones(2, 3, dtype=torch.bool)), group.expand(2, -1)
     blocks = small.remember(torch.where(group < 0, idx, junk), group, **prompted)
-    for turn in range(3):
-        places = (group[0] == turn).nonzero().flatten()
-        small.add_to_past(small.look_back(blocks, group, places), idx[:, places], **prompted)
+    E, last = small.embedding(), None
+    for turn in range(4):                                               # the last one writes nothing, but reads the third
+        places = (group[0] == turn).nonzero().flatten() if turn < 3 else torch.tensor([0])
+        past = small.look_back(blocks, group, places, last)
+        x, level = torch.randn(2, len(places), 16), torch.zeros(2, len(places))
+        fresh = None if last is None else idx[:, last]
+        with torch.no_grad():
+            got = small.hidden(x, level, x, *prompted.values(), past, E, fresh)
+            want = small.hidden(x, level, x, *prompted.values(), past.read(), E)
+        assert torch.allclose(got, want, atol=1e-4) and got.shape == (2, len(places), 32)
+        last = places
     for made, whole in zip(blocks, small.remember(idx, group, **prompted), strict=True):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, whole, strict=True))
 

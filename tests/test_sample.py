@@ -36,8 +36,8 @@ def test_same_seed_same_text_whatever_the_batch(checkpoint):
 
 def test_guidance_at_one_and_eta_zero(checkpoint):
     """The two branches of guidance are one call, and DDPM is DDIM at eta 1."""
-    assert "6 network calls and 3 readings" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
-    assert "6 network calls and 3 readings" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
+    assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
+    assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
     assert texts(checkpoint, "--sampler=ddpm") == texts(checkpoint, "--eta=1")
     assert texts(checkpoint, "--eta=0") == texts(checkpoint, "--eta=0") != texts(checkpoint, "--eta=1")
 
