@@ -250,7 +250,7 @@ def choose_given(T, rng):
 
 def choose_turns(cfg, step, rng):
     """The turn in which each token of a sample is written: (T,) int64. All at once; in spans from left to right, of 2, 4 ...
-    span_size tokens; or in 1, 2, 4 ... streams, the best teacher. Where tokens are given, they come first, and spans or streams
+    span_size tokens; or, most of all, in 1, 2, 4 ... streams. Where tokens are given, they come first, and spans or streams
     fill the rest. In the first steps (span_warmup) there are streams only."""
     def draw(least, most):
         sizes = [*(2 ** k for k in range(most.bit_length()) if least <= 2 ** k < most), most]
