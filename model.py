@@ -378,21 +378,19 @@ def trunk_products(cfg, T):
             + 2 * cfg.token_dim * d + 32 * d + 3 * d * d)                                              # read; noise level
 
 
-def flops_per_token(model, self_conditioning, in_turns):
+def flops_per_token(model, in_turns):
     """FLOPs of a training step per token: two for each multiply-add of its matrix products, forward, and twice that backward.
 
-    That is the noisy pass and its scores; if in_turns, the clean pass, of whose last block only keys and values are made; for
-    the share self_conditioning, a first guess, forward only; and the two products of the posterior mean, forward only.
+    That is the noisy pass and its scores; if in_turns, the clean pass, of whose last block only keys and values are made; and
+    the two products of the posterior mean, forward only. First guesses, which few sequences get, are not counted.
     """
     cfg, head = model.cfg, model.head.weight.numel()
-    table, self_conditioning = (0, 0) if cfg.objective == "eps" else (model.table.numel(), self_conditioning)
+    table = 0 if cfg.objective == "eps" else model.table.numel()
     d, C, T, P = cfg.n_embd, cfg.token_dim, cfg.block_size, cfg.prompt_size
     trunk, past = trunk_products(cfg, T), 2 * T * d * cfg.n_layer * in_turns
     prompt = (cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) + C * d * P) / T
     last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
-    again = 0 if in_turns else prompt
-    return (6 * (prompt + (trunk - last) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table
-            + 2 * self_conditioning * (trunk + past + again + head + 2 * table) + 4 * table)
+    return (6 * (prompt + (trunk - last) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table + 4 * table)
 
 
 def keep_memory():

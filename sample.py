@@ -147,8 +147,8 @@ def plan(cfg, model_cfg, known):
     size = min(1, model_cfg.span_size) if cfg.span_size < 0 else cfg.span_size
     once = size == 1 and model_cfg.objective == "ce"            # trained to decide single tokens in one step
     if cfg.streams > 1 and not once:
-        raise ValueError(f"streams={cfg.streams} are of single tokens, each decided in one step, and this network writes "
-                         f"{f'{size} tokens' if size else 'all'} at a time in several; use --span_size=1 if it was trained so, or --streams=1")
+        raise ValueError(f"streams={cfg.streams} are of single tokens, decided in one step, and here {f'{size} of them' if size else 'all'} are "
+                         f"denoised together in several; use --span_size=1, if the network was trained so, or --streams=1")
     group = diffusion.streams(~known, cfg.streams) if once else diffusion.spans(len(known), size)
     turns = len(group[~known].unique())
     usual = max(model_cfg.timesteps, turns) if cfg.sampler == "ddpm" else turns if once else max(64, 8 * turns)

@@ -871,7 +871,7 @@ def main(cfg):
     print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    peak, flops = peak_flops(device), flops_per_token(raw_model, 0, cfg.in_turns)              # first guesses not counted
+    peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.in_turns)
     stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
     batches = batches_ahead(cfg, train_windows, start, device)
     for step in range(start, cfg.max_steps):

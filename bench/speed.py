@@ -151,7 +151,7 @@ def make_step(shape, vocab_size, device, dtype, compiled):
 def training(cfg, name, shape, device, dtype, compiled, rates):
     step, net = make_step(shape, cfg.vocab_size, device, dtype, compiled)
     took, tokens = seconds(step, device, cfg.repeats), shape.batch_tokens
-    flops, peak = tokens * flops_per_token(net, 0, shape.in_turns), peak_flops(device)
+    flops, peak = tokens * flops_per_token(net, shape.in_turns), peak_flops(device)
     mfu = {"MFU": flops / took / peak} if peak else {}
     what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
     return [line(what, took, flops / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops / 1e12, **mfu)]

@@ -142,17 +142,17 @@ class CountFlops(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--self_conditioning=0"], ["--cross_every=3", "--n_embd=128", "--head=tied"],
+@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--cross_every=3", "--n_embd=128", "--head=tied"],
                                   ["--objective=eps"]])
 def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     cfg = config("--n_layer=3", "--n_embd=64", "--token_dim=32", "--block_size=32", *args)
     net, group = SunFish(cfg, 300), torch.arange(32).expand(2, -1) // 4
     ids, prompt = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
-    batch = train.Batch(ids, group, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, int(2 * cfg.self_conditioning))
+    batch = train.Batch(ids, group, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, 0)
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:           # attention as products that can be counted
         loss, fit = train.DenoisingLoss(net, cfg)(batch)
         (loss.sum() + fit.sum()).backward()
-    assert flops_per_token(net, cfg.self_conditioning, cfg.in_turns) == pytest.approx(count.total / 64, rel=0.015)
+    assert flops_per_token(net, cfg.in_turns) == pytest.approx(count.total / 64, rel=0.015)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(windows):
