@@ -26,7 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from configurator import ModelConfig
 
@@ -55,15 +54,54 @@ def rotate(x, positions):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def chunks(width, *inputs):
+    """Inputs (M, ...) of a function of each position that needs `width` scores for it, cut into 1, 2, 4 ... equal parts, so many
+    that the scores of one are no more than SCORES at once."""
+    parts = 1 << (max(1, math.ceil(len(inputs[0]) * width / SCORES)) - 1).bit_length()
+    size = math.ceil(len(inputs[0]) / parts) or 1
+    return zip(*(x.split(size) for x in inputs), strict=True)
+
+
+@torch.no_grad()
 def in_chunks(f, width, *inputs):
-    """f(*inputs), for inputs (B, T, ...) and a function of each position that needs `width` scores for it: so many
-    positions at a time as SCORES allows, whose scores are computed anew in the backward pass instead of kept."""
-    B, T, size = *inputs[0].shape[:2], max(1, SCORES // width)
-    if B * T <= size:
-        return f(*inputs)
-    chunks = zip(*(x.flatten(0, 1).split(size) for x in inputs), strict=True)
-    done = [checkpoint(f, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.cat(done).unflatten(0, (B, T))
+    """f(*inputs), for inputs (B, T, ...), in chunks."""
+    return torch.cat([f(*chunk) for chunk in chunks(width, *(x.flatten(0, 1) for x in inputs))]).unflatten(0, inputs[0].shape[:2])
+
+
+class LossInChunks(torch.autograd.Function):
+    """loss_in_chunks, as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx, f, width, count, *inputs):
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
+        shared, done = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs[:count])], []
+        grads = {i: [] if i >= count else torch.zeros_like(inputs[i], dtype=torch.float32) for i in wanted}
+        for chunk in chunks(width, *inputs[count:]):
+            leaves = [*shared, *(x.detach().requires_grad_(i in wanted) for i, x in enumerate(chunk, count))]
+            with torch.enable_grad():
+                losses = f(*leaves)
+                found = torch.autograd.grad(losses[:, 0].sum(), [leaves[i] for i in wanted], allow_unused=True) if wanted else ()
+            done.append(losses.detach())
+            for i, grad in zip(wanted, found, strict=True):
+                grads[i] += (0 if grad is None else grad) if i < count else [grad]
+        grads = {i: grad.to(inputs[i].dtype) if i < count else torch.cat(grad) for i, grad in grads.items()}
+        ctx.save_for_backward(*(grads.get(i) for i in range(len(inputs))))
+        done = torch.cat(done)
+        ctx.mark_non_differentiable(done)
+        return done[:, 0].sum(), done
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return None, None, None, *(None if x is None else grad * x for x in ctx.saved_tensors)
+
+
+def loss_in_chunks(f, width, shared, *inputs):
+    """(sum, all) of the losses f(*shared, *inputs) (M, k) of inputs (M, ...), in chunks: of the sum over column 0, which has
+    gradients, and of all, which have none.
+
+    The gradients are made with the losses, chunk by chunk, so that scores are made once and never kept (as in Liger Kernel,
+    Hsu et al. 2024)."""
+    return LossInChunks.apply(f, width, len(shared), *shared, *inputs)
 
 
 def visible(group, places, relation):
@@ -72,6 +110,20 @@ def visible(group, places, relation):
     own = group[:, places, None]
     around = F.pad(group, (KERNEL // 2, KERNEL // 2), value=LATER).unfold(1, KERNEL, 1)[:, places]
     return relation(group[:, None], own)[:, None], relation(around, own)
+
+
+def seen(mask, dtype):
+    """What is added to the scores of an attention that sees where the mask is True; None, for all, stays None."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, NEVER)
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D) + mask) v of (B, H, T, D). torch has kernels for it, of which the one for bfloat16 on a CPU takes
+    two to four times as long as plain products (bench/LOG.md)."""
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
+    return (scores if mask is None else scores + mask).softmax(-1) @ v
 
 
 class Past(NamedTuple):
@@ -107,8 +159,7 @@ class Attention(nn.Module):
 
     def forward(self, x, pos, k, v, mask=None):
         q = rotate(norm(self.heads(self.q(x))), pos).to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))                                    # (B, T, n_embd)
+        return self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))             # (B, T, n_embd)
 
 
 class Block(nn.Module):
@@ -239,7 +290,8 @@ class SunFish(nn.Module):
     def forward(self, x_t, log_snr, x_prev, prompt=None, prompt_mask=None, past=None, E=None):
         E = self.embedding() if E is None else E
         mean = self.posterior_mean(x_t, log_snr, E)
-        return self.answer(self.hidden(mean, log_snr, x_prev, prompt, prompt_mask, past, E), x_t, log_snr, E)
+        hidden = self.hidden(mean, log_snr, x_prev, prompt, prompt_mask, past, E)
+        return self.answer(self.features(hidden, x_t, log_snr), *self.readout(E))
 
     def hidden(self, mean, log_snr, x_prev, prompt, prompt_mask, past, E, fresh=None):
         """What the answer is read from, given the posterior mean: (B, n, n_embd). Where the prompt and the past have several rows
@@ -255,7 +307,7 @@ class SunFish(nn.Module):
     def remember(self, idx, group, prompt=None, prompt_mask=None, E=None):
         """Tokens idx (B, T), written in the turns group (B, T), as each block has read them: Past.blocks."""
         E = self.embedding() if E is None else E
-        level, x_0, sight = torch.full(idx.shape, math.inf, device=idx.device), E[idx], visible(group, ALL, torch.le)
+        level, x_0, sight = torch.full((1, 1), math.inf, device=idx.device), E[idx], visible(group, ALL, torch.le)
         return self.trunk(x_0, level, torch.zeros_like(x_0), prompt, prompt_mask, E, sight=sight, clean=True)[1]
 
     def look_back(self, blocks, group, places=ALL, fresh=None):
@@ -270,23 +322,33 @@ class SunFish(nn.Module):
         near = torch.cat((around, near), 1), F.pad(near_own, (0, 0, len(fresh), 0))
         return Past(blocks, attend, near, torch.cat((fresh, places)), len(fresh))
 
-    def answer(self, hidden, x_t, log_snr, E):
-        """What forward returns, of hidden (..., n_embd). For tokens it is the likelihood of x_t, if there is one, plus what the head
-        says: (..., V)."""
+    def features(self, hidden, x_t=None, log_snr=None):
+        """What `answer` multiplies with the readout, of hidden (..., n_embd): (..., K). For tokens that is what the head reads and,
+        if there is an x_t (..., C), what this says of its token."""
+        if self.cfg.head == "tied" and self.cfg.objective != "eps":
+            return self.head(GAIN * hidden) / math.sqrt(self.cfg.token_dim) + (0 if x_t is None else self.signal(x_t, log_snr))
+        own = GAIN * hidden
+        return own if x_t is None or self.cfg.objective == "eps" else torch.cat((own, self.signal(x_t, log_snr)), -1)
+
+    def readout(self, E):
+        """Weight (V, K) and bias (V,) of the last product, to be made once for all calls."""
         if self.cfg.objective == "eps":
-            return self.head(GAIN * hidden).float()
-        signal = 0 if x_t is None else self.signal(x_t, log_snr)
+            return self.head.weight, self.head.bias
         if self.cfg.head == "tied":
-            return F.linear(signal + self.head(GAIN * hidden) / math.sqrt(self.cfg.token_dim), E, self.log_unigram).float()
-        own = F.linear(GAIN * hidden, self.head.weight, self.head.bias + self.log_unigram)
-        if x_t is None:
-            return own.float()
-        return torch.addmm(own.flatten(0, -2), signal.flatten(0, -2), E.T).view_as(own).float()
+            return E, self.log_unigram
+        return torch.cat((self.head.weight, E), 1), self.head.bias + self.log_unigram
+
+    @staticmethod
+    def answer(features, weight, bias):
+        """What forward returns, of features (..., K): for tokens the likelihood of x_t, if there is one, plus what the head says."""
+        return F.linear(features, weight[:, :features.size(-1)], bias).float()
 
     def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None), clean=False):
-        """The last block's output (B, n, n_embd), but of `clean` tokens None, and what each block leaves to a Past."""
+        """The last block's output (B, n, n_embd), but of `clean` tokens None, and what each block leaves to a Past. One noise
+        level for all may be (1, 1)."""
         B, n, _ = mean.shape
-        x = self.read(torch.cat((mean, x_prev), -1)).float()             # (B, n, n_embd)
+        x = self.read(torch.cat((mean, x_prev), -1))                     # (B, n, n_embd)
+        dtype, x = x.dtype, x.float()
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
         angle = self.level(log_snr)[..., None] / 10 * freq
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
@@ -298,6 +360,7 @@ class SunFish(nn.Module):
             context_pos = torch.cat((context_pos, torch.arange(-prompt.size(1), 0, device=x.device)))
         mask = None if prompt is None else F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
         attend, *near = (past.attend, *past.near) if past else sight
+        mask, attend = seen(mask, dtype), seen(attend, dtype)
         left = []
         for i, block in enumerate(self.blocks):
             before, only_left = past.blocks[i] if past else None, clean and i == len(self.blocks) - 1
@@ -390,7 +453,8 @@ def flops_per_token(model, in_turns):
     trunk, past = trunk_products(cfg, T), 2 * T * d * cfg.n_layer * in_turns
     prompt = (cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) + C * d * P) / T
     last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
-    return (6 * (prompt + (trunk - last) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table + 4 * table)
+    level = 32 * d + 3 * d * d                                                  # one for all in the clean pass
+    return (6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table + 4 * table)
 
 
 def keep_memory():

@@ -170,7 +170,7 @@ class Reader:
 
     def __init__(self, model, table, prompt, begun, scale):
         self.model, self.table, self.scale, self.past = model, table, scale, None
-        self.branches, self.fresh = 1 if scale == 1 else 2, None
+        self.branches, self.fresh, self.readout = 1 if scale == 1 else 2, None, model.readout(table)
         self.unseen = torch.stack((torch.zeros_like(begun), begun))[:self.branches].repeat_interleave(len(prompt), 0)
         seen = torch.ones_like(prompt, dtype=torch.bool)
         self.rest = dict(prompt=prompt.repeat(self.branches, 1), prompt_mask=torch.cat((seen, ~seen)[:self.branches]), E=table)
@@ -193,7 +193,7 @@ class Reader:
         self.past = self.past and self.past.read()
         if self.branches == 2:
             hidden = diffusion.guide(*hidden.chunk(2), self.scale)      # the head is linear, so this weighs its answers
-        return self.model.answer(hidden, x_t, log_snr, self.table)
+        return self.model.answer(self.model.features(hidden, x_t, log_snr), *self.readout)
 
 
 @torch.no_grad()

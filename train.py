@@ -145,7 +145,7 @@ from torch.utils.checkpoint import checkpoint
 import diffusion
 from diffusion import generator, mix
 from model import (KERNEL, SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory,
-                   peak_flops, peak_gb, write_checkpoint)
+                   loss_in_chunks, peak_flops, peak_gb, write_checkpoint)
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
 from sample import Config as SampleConfig, sample
 
@@ -314,9 +314,9 @@ def make_batch(cfg, windows, step, samples, device):
 # ---- the loss ----
 
 class DenoisingLoss(nn.Module):
-    """Batch -> loss of every token and its distance from the schedule: two of (B, T).
+    """Batch -> the loss of its tokens and their distance from the schedule, two sums.
 
-    One module around all that touches the weights, so that compilation and distribution wrap a single call.
+    One module around all that touches the weights, so that distribution wraps a single call.
     """
 
     def __init__(self, net, cfg, lockstep=False):
@@ -336,21 +336,25 @@ class DenoisingLoss(nn.Module):
         mean = net.posterior_mean(x_t, log_snr, table)
         x_prev = self.first_guess(x_t, mean, log_snr, batch, past, table)
         hidden = net.hidden(mean, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
+        readout, features = net.readout(table), net.features(hidden, x_t, log_snr)
         if cfg.objective == "eps":
-            loss = diffusion.eps_loss(net.answer(hidden, x_t, log_snr, table), batch.eps)
+            loss = diffusion.eps_loss(net.answer(features, *readout), batch.eps).sum()
             return loss, torch.zeros_like(loss)
-
-        def losses(hidden, x_t, log_snr, idx, t):
-            logits = net.answer(hidden, x_t, log_snr, table)
-            with torch.autocast(idx.device.type, enabled=False):
-                ce = diffusion.ce_loss(logits, idx)
-                return torch.stack((ce if cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
-        loss, ce = (x.contiguous() for x in in_chunks(losses, len(table), hidden, x_t, log_snr, batch.idx, batch.t).unbind(-1))
+        tokens = (x.flatten(0, 1) for x in (features, batch.idx, batch.t))
+        loss, losses = loss_in_chunks(self.losses, len(table), (*readout, table, alpha_bar), *tokens)
         if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
-        fit = diffusion.schedule_loss(ce.detach(), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
-        return loss, fit * (batch.t < cfg.timesteps)            # of tokens that run through the levels
+        ce = losses[:, 1].view_as(batch.t)
+        fit = diffusion.schedule_loss(ce, log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
+        return loss, (fit * (batch.t < cfg.timesteps)).sum()            # of tokens that run through the levels
+
+    def losses(self, weight, bias, table, alpha_bar, features, idx, t):
+        """The loss and the cross-entropy of tokens idx (M,) in nats: (M, 2)."""
+        logits = self.net.answer(features, weight, bias)
+        with torch.autocast(idx.device.type, enabled=False):
+            ce = diffusion.ce_loss(logits, idx)
+            return torch.stack((ce if self.cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
 
     @torch.no_grad()
     def first_guess(self, x_t, mean, log_snr, batch, past, table):
@@ -361,8 +365,8 @@ class DenoisingLoss(nn.Module):
             return x_prev
         past = tree_map(lambda x: x[:n] if isinstance(x, torch.Tensor) else x, past)
         hidden = self.net.hidden(mean[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
-        read = diffusion.read_logits(table)
-        guess = in_chunks(lambda *x: read(self.net.answer(*x, table), None, None)[0], len(table), hidden, x_t[:n], log_snr[:n])
+        read, readout = diffusion.read_logits(table), self.net.readout(table)
+        guess = in_chunks(lambda x: read(self.net.answer(x, *readout), None, None)[0], len(table), self.net.features(hidden, x_t[:n], log_snr[:n]))
         x_prev[:batch.guesses] = torch.where(batch.t[:n, :, None] < self.cfg.timesteps, guess, 0)[:batch.guesses]
         return x_prev
 
@@ -372,6 +376,13 @@ def recompute_blocks(net, cfg):
     for block in net.blocks if cfg.activation_checkpointing else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return net
+
+
+def compile_parts(loss_fn, backend="inductor"):
+    """Compile the blocks and the scores of a DenoisingLoss, not the whole: what is compiled for one block serves for all."""
+    torch._dynamo.config.recompile_limit = 32           # with prompt or not; clean, noisy or the last; the sizes of a first guess
+    for module, name in (*((block, "forward") for block in loss_fn.net.blocks), (loss_fn, "losses")):
+        setattr(module, name, torch.compile(getattr(module, name), backend=backend, dynamic=False))
 
 
 def make_optimizer(model, cfg):
@@ -561,7 +572,7 @@ def estimate_memory(cfg, vocab_size, device, dtype):
             batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), B // 2)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, fit = model(batch)
-            (loss.sum() + fit.sum()).backward()
+            (loss + fit).backward()
             del loss, fit, batch
             if last:
                 optimizer.step()
@@ -661,10 +672,9 @@ def distribute(cfg, net, ema, device, dtype, compiled):
     why = "not under torchrun" if kind == "none" else "asked for" if kind == cfg.parallel else f"{size / 1e9:.1f} GB of state"
     print(f"processes {world_size()}, parallel {kind} ({why})")
     loss_fn = DenoisingLoss(recompute_blocks(net, cfg), cfg, lockstep=kind == "fsdp")
+    if compiled:
+        compile_parts(loss_fn)
     if kind == "fsdp":
-        torch._dynamo.config.recompile_limit = 32       # with prompt or not; clean, noisy or the last; the sizes of a first guess
-        for block in net.blocks if compiled else ():
-            block.forward = torch.compile(block.forward, dynamic=False)
         shard = partial(fully_shard, mesh=init_device_mesh(device.type, (world_size(),)))
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
@@ -674,8 +684,7 @@ def distribute(cfg, net, ema, device, dtype, compiled):
         shard(loss_fn)
     net.to_empty(device=device)
     ema.to_empty(device=device)
-    model = torch.compile(loss_fn, dynamic=False) if compiled and kind != "fsdp" else loss_fn
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if kind == "ddp" else model
+    return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if kind == "ddp" else loss_fn
 
 
 # ---- the loop ----
@@ -784,9 +793,9 @@ def train_step(model, cfg, batches, device, autocast):
         with unsynced():
             with autocast():
                 loss, fit = model(batch)
-            mean = (loss + fit).sum() / cfg.batch_tokens
+            mean = (loss + fit) / cfg.batch_tokens
             (mean * world_size()).backward()                        # gradients are averaged over the processes
-        total += loss.detach().sum()
+        total += loss.detach()
     loss, = reduce(total, device, dist.ReduceOp.SUM)
     return loss / cfg.batch_tokens, waited
 

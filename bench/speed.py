@@ -28,7 +28,7 @@ class Config:
     vocab_size: int = 50_257         # GPT-2's
     batch_size: int = 0              # sequences at a time; 0 is the shape's own. An optimizer step is one such batch here
     block_size: int = 0              # tokens in a window; 0 is the shape's own
-    repeats: int = 5                 # measured steps, after two that are not; the median counts
+    repeats: int = 5                 # measured steps, after three that are not; the median counts
     tokens: int = 256                # of a text that is sampled
     steps: int = 50                  # denoising steps for it
     device: str = "auto"             # auto, cpu, cuda
@@ -85,7 +85,7 @@ def clock(device):
     return time.perf_counter()
 
 
-def seconds(f, device, repeats, warmup=2, pick=statistics.median):
+def seconds(f, device, repeats, warmup=3, pick=statistics.median):
     """The median, or another pick, of the seconds that f() takes."""
     times = []
     for _ in range(warmup + repeats):
@@ -99,10 +99,13 @@ class Random:
     """Windows as train.Windows has them, of random tokens."""
 
     def __init__(self, cfg, vocab_size):
-        self.cfg, self.ids = cfg, torch.randint(vocab_size, (100, cfg.prompt_size + cfg.block_size))
+        self.cfg, self.vocab_size, self.ids = cfg, vocab_size, torch.randint(vocab_size, (100, cfg.prompt_size + cfg.block_size))
 
     def __len__(self):
         return len(self.ids)
+
+    def unigram(self):
+        """None, which is uniform."""
 
     def read(self, i):
         return self.ids[i, self.cfg.prompt_size:], self.ids[i, :self.cfg.prompt_size]
@@ -133,10 +136,9 @@ def line(what, took, floor=None, **more):
 
 def make_step(shape, vocab_size, device, dtype, compiled):
     """A function that makes one optimizer step as train.py does."""
-    net, ema = (SunFish(shape, vocab_size).to(device) for _ in range(2))
-    batches = train.batches_ahead(shape, Random(shape, vocab_size), 0, device)
-    model = train.DenoisingLoss(train.recompute_blocks(net, shape), shape)
-    model, optimizer = torch.compile(model) if compiled else model, train.make_optimizer(net, shape)
+    windows = Random(shape, vocab_size)
+    net, ema, model, optimizer = train.build(shape, windows, None, 0, device, dtype, compiled)
+    batches = train.batches_ahead(shape, windows, 0, device)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def step():

@@ -42,7 +42,7 @@ import torch
 import torch.nn as nn
 
 from diffusion import ce_loss, generator, streams
-from model import ALL, SunFish, in_chunks, keep_memory, model_config, norm, read_checkpoint, visible, write_checkpoint
+from model import ALL, SunFish, keep_memory, model_config, norm, read_checkpoint, visible, write_checkpoint
 
 
 class Twin(nn.Module):
@@ -60,12 +60,12 @@ class Twin(nn.Module):
         if self.kind == "autoregressive":
             x = torch.cat((self.blank.expand(len(idx), 1, -1), x[:, :-1]), 1)
             sight = visible(torch.arange(idx.size(1), device=idx.device).expand(idx.shape), ALL, torch.le)
-        level = torch.full(idx.shape, math.inf, device=idx.device)
+        level = torch.full((1, 1), math.inf, device=idx.device)
         return norm(net.trunk(x, level, torch.zeros_like(x), None, None, table, sight=sight)[0])
 
     def scores(self, hidden, table):
         """hidden (..., n_embd) -> (..., V)."""
-        return self.net.answer(hidden, None, None, table)
+        return self.net.answer(self.net.features(hidden), *self.net.readout(table))
 
     def hide(self, shape, rng=None):
         """Which of idx (B, T) to hide, and the weight of each token in the bound: two of (B, T). The masked twin hides k of T
@@ -80,7 +80,7 @@ class Twin(nn.Module):
     def forward(self, idx, blank, weight):
         """Weighted cross-entropy of each token in nats (B, T), whose mean is the likelihood, or a draw of the masked twin's bound."""
         table = self.net.embedding()
-        return weight * in_chunks(lambda h, idx: ce_loss(self.scores(h, table), idx), len(table), self.hidden(idx, blank, table), idx)
+        return weight * ce_loss(self.scores(self.hidden(idx, blank, table), table), idx)
 
     # ---- what bench/quality.py asks for ----
 

@@ -174,6 +174,6 @@ def test_the_floor_of_a_sampling_call_is_its_matrix_products(small):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), CountFlops() as count:
         level, E = torch.zeros(1, 12), small.embedding()
         h, _ = small.hidden(small.posterior_mean(x, level, E), level, x, prompt, prompt == 0, None, E).chunk(2)
-        diffusion.read_logits(E)(small.answer(h, x, level, E), None, None)
+        diffusion.read_logits(E)(small.answer(small.features(h, x, level), *small.readout(E)), None, None)
     keys = 2 * 2 * (2 * 2 * 32 * 32 * 7 + 6 * 16 * 32)              # of the prompt, once a text; in two blocks of two branches
     assert count.total - keys == pytest.approx(speed.call_flops(small.cfg, 50, 12, 2), rel=0.02)

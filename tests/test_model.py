@@ -138,8 +138,8 @@ def test_several_branches_in_one_call_are_several_calls(small):
         past = small.look_back(small.remember(idx, turns, prompt, seen), turns, torch.arange(8, 12))
         answers.append(small.hidden(small.posterior_mean(noisy, level, E), level, guess, prompt, seen, past, E))
     assert torch.allclose(torch.cat(answers[:2]), answers[2], atol=1e-5) and (answers[0] - answers[1]).abs().max() > 1e-3
-    scored = [small.answer(h, noisy, level, E) for h in answers[:2]]
-    guided = small.answer(diffusion.guide(*answers[:2], 3.0), noisy, level, E)
+    scored = [small.answer(small.features(h, noisy, level), *small.readout(E)) for h in (*answers[:2], diffusion.guide(*answers[:2], 3.0))]
+    guided = scored.pop()
     assert torch.allclose(guided[..., :50], diffusion.guide(*scored, 3.0)[..., :50], atol=1e-3)
 
 
