@@ -112,7 +112,7 @@ def visible(group, places, relation):
     return relation(group[:, None], own)[:, None], relation(around, own)
 
 
-def seen(mask, dtype):
+def score_mask(mask, dtype):
     """What is added to the scores of an attention that sees where the mask is True; None, for all, stays None."""
     return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, NEVER)
 
@@ -132,12 +132,17 @@ class Past(NamedTuple):
     attend: torch.Tensor           # (B, 1, n, T + n) of n noisy tokens: which clean ones, then which noisy ones they see
     near: tuple                    # the same for the convolution: two of (B, n, KERNEL)
     places: Any                    # where the noisy tokens stand: ALL, or (n,)
+    taps: tuple = (None, None)     # if they are not ALL: which clean ones and which of the n the convolution reads, two of (n, KERNEL)
     fresh: int = 0                 # the first so many of the n are clean, new ones, which the next pass will put into blocks
 
     def read(self):
         """The Past after that pass."""
         m = self.fresh
-        return Past(self.blocks, self.attend[:, :, m:], tuple(near[:, m:] for near in self.near), self.places[m:]) if m else self
+        if not m:
+            return self
+        clean, noisy = self.taps
+        return Past(self.blocks, self.attend[:, :, m:], tuple(near[:, m:] for near in self.near), self.places[m:],
+                    (clean[m:], (noisy[m:] - m).clamp(min=0)))
 
 
 class Attention(nn.Module):
@@ -178,22 +183,24 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * d, d, bias=False)
         self.offset = nn.Parameter(torch.zeros(6 * d))                    # this layer's own part of the modulation
 
-    def mix(self, x, near=None, places=ALL):
-        """A depthwise convolution of x (B, T, n_embd) at n places, of those neighbours that are `near` (B, n, KERNEL)."""
+    def mix(self, x, near=None, taps=None):
+        """A depthwise convolution of x (B, T, n_embd), of those neighbours that are `near` (B, T, KERNEL); or at n places, whose
+        neighbours in x are the taps (n, KERNEL)."""
+        if taps is not None:
+            return (x[:, taps] * near[..., None] * self.local).sum(2)
         padded, T = F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2)), x.size(1)
-        taps = (padded[:, i:i + T][:, places] * self.local[i] for i in range(KERNEL))
-        return sum(taps if near is None else (tap * near[..., i:i + 1] for i, tap in enumerate(taps)))
+        shifted = (padded[:, i:i + T] * self.local[i] for i in range(KERNEL))
+        return sum(shifted if near is None else (x * near[..., i:i + 1] for i, x in enumerate(shifted)))
 
-    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, places=ALL, fresh=0, only_left=False):
+    def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, places=ALL, taps=(None, None),
+                fresh=0, only_left=False):
         scale1, shift1, gate1, scale2, shift2, gate2 = (noise + self.offset).chunk(6, -1)
-        whole = local = norm(x)
+        local = norm(x)
         if fresh:
             past[0].index_copy_(1, places[:fresh], local[:, :fresh])
-        if not isinstance(places, slice):
-            whole = torch.zeros_like(past[0]).index_copy(1, places[fresh:], local[:, fresh:])
-        x = x + self.mix(whole, near[-1], places)
+        x = x + self.mix(local, near[-1], taps[-1])
         if past is not None:
-            x = x + self.mix(past[0], near[0], places)
+            x = x + self.mix(past[0], near[0], taps[0])
         y = norm(x) * (1 + scale1) + shift1
         k, v = own = self.attn.keys(y, pos)
         crossed = () if self.cross is None else self.cross.keys(context, context_pos) if past is None else past[3:]
@@ -314,13 +321,18 @@ class SunFish(nn.Module):
         """The Past of the tokens at these places, at a point where all of smaller turns in group (B, T) are in `blocks`, or are
         those at the places `fresh`, which the next pass reads as well."""
         (attend, near), (attend_own, near_own) = (visible(group, places, relation) for relation in (torch.lt, torch.eq))
-        attend = torch.cat((attend, attend_own[..., places]), -1)
-        if fresh is None:
-            return Past(blocks, attend, (near, near_own), places)
-        clean, around = visible(group, fresh, torch.le)
-        attend = torch.cat((F.pad(clean, (0, len(places))), attend), 2)
-        near = torch.cat((around, near), 1), F.pad(near_own, (0, 0, len(fresh), 0))
-        return Past(blocks, attend, near, torch.cat((fresh, places)), len(fresh))
+        attend, near = torch.cat((attend, attend_own[..., places]), -1), (near, near_own)
+        if isinstance(places, slice):
+            return Past(blocks, attend, near, places)
+        m = 0 if fresh is None else len(fresh)
+        if m:
+            clean, around = visible(group, fresh, torch.le)
+            attend = torch.cat((F.pad(clean, (0, len(places))), attend), 2)
+            near = torch.cat((around, near[0]), 1), F.pad(near_own, (0, 0, m, 0))
+            places = torch.cat((fresh, places))
+        around = (places[:, None] + torch.arange(-(KERNEL // 2), KERNEL // 2 + 1, device=places.device)).clamp(0, group.size(1) - 1)
+        number = torch.full_like(group[0], -1).index_copy(0, places, torch.arange(len(places), device=places.device))[around]
+        return Past(blocks, attend, (near[0], near[1] & (number >= 0)), places, (around, number.clamp(min=0)), m)
 
     def features(self, hidden, x_t=None, log_snr=None):
         """What `answer` multiplies with the readout, of hidden (..., n_embd): (..., K). For tokens that is what the head reads and,
@@ -352,7 +364,7 @@ class SunFish(nn.Module):
         freq = torch.exp(torch.linspace(0, math.log(100.0), 32, device=x.device))
         angle = self.level(log_snr)[..., None] / 10 * freq
         noise = self.time_out(F.silu(self.time_in(torch.cat((angle.sin(), angle.cos()), -1)))).to(x.dtype)
-        T, places, fresh = (past.blocks[0][0].size(1), past.places, past.fresh) if past else (n, ALL, 0)
+        T, places, taps, fresh = (past.blocks[0][0].size(1), past.places, past.taps, past.fresh) if past else (n, ALL, (None, None), 0)
         pos = torch.arange(T, device=x.device)[places]
         context, context_pos = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1])
         if prompt is not None and not past:
@@ -360,11 +372,11 @@ class SunFish(nn.Module):
             context_pos = torch.cat((context_pos, torch.arange(-prompt.size(1), 0, device=x.device)))
         mask = None if prompt is None else F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
         attend, *near = (past.attend, *past.near) if past else sight
-        mask, attend = seen(mask, dtype), seen(attend, dtype)
+        mask, attend = score_mask(mask, dtype), score_mask(attend, dtype)
         left = []
         for i, block in enumerate(self.blocks):
             before, only_left = past.blocks[i] if past else None, clean and i == len(self.blocks) - 1
-            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, places, fresh, only_left)
+            x, own = block(x, noise, pos, context, context_pos, mask, attend, near, before, places, taps, fresh, only_left)
             left.append(own)
         return x, left
 
@@ -526,8 +538,11 @@ def model_config(checkpoint):
     return ModelConfig(**{k: v for k, v in checkpoint["config"].items() if k in names})
 
 
-def load_model(checkpoint, device="cpu"):
-    """The averaged network of a checkpoint's content, ready to use."""
+def load_model(checkpoint, device="cpu", dtype=torch.float32):
+    """The averaged network of a checkpoint's content, ready to use, the weights of its products in dtype."""
     model = SunFish(model_config(checkpoint), checkpoint["data"]["vocab_size"])
     model.load_state_dict(checkpoint["ema"])
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
     return model.to(device).eval().requires_grad_(False)

@@ -30,6 +30,7 @@ class Config:
     batch_size: int = 8              # samples at a time; does not change them
     seed: int = 1                    # same seed, same text
     device: str = "auto"             # auto, cpu, cuda
+    dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
     json: bool = False               # one JSON object a sample
     show: bool = False               # watch the first sample of each batch being denoised
 
@@ -37,9 +38,9 @@ class Config:
         for name in ("num_samples", "streams", "batch_size", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name, known in (("mode", ("generate", "infill")), ("sampler", ("ddim", "ddpm"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)} is unknown; use {' or '.join(known)}")
+        for name, known in (("mode", "generate or infill"), ("sampler", "ddim or ddpm"), ("dtype", "auto or float32 or bfloat16")):
+            if getattr(self, name) not in known.split(" or "):
+                raise ValueError(f"{name}={getattr(self, name)} is unknown; use {known}")
         if self.sampler == "ddpm" and self.eta != 1:
             raise ValueError(f"eta={self.eta}, but sampler=ddpm is eta=1; use --sampler=ddim")
         if not 0 <= self.eta <= 1:
@@ -66,7 +67,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import LATER, choose_device, find_checkpoint, keep_memory, load_model
+from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model
 from prepare_fineweb import get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -203,16 +204,18 @@ def sample(model, cfg, canvas, numbers, watch=None):
     Guidance is away from what the network would write without the prompt: not the text before the canvas, and not what is
     given at its beginning.
     """
-    device, B = model.table.device, len(numbers)
+    device, dtype, B = model.table.device, model.head.weight.dtype, len(numbers)
     idx, known, prompt = (part.to(device) for part in canvas)
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
+    E = table.to(dtype)
     begun = known.cummin(0).values & ~known.all()                           # given, with nothing to write before it
     scale = cfg.guidance_scale if prompt.numel() or cfg.mode == "generate" and begun.any() else 1
-    network_for = Reader(model, table, prompt.expand(B, -1), begun, scale).network_for
+    network_for = Reader(model, E, prompt.expand(B, -1), begun, scale).network_for
     _, group, _, steps = plan(cfg, model.cfg, canvas[1])
-    read = diffusion.make_read(model.cfg, table, model.vocab_size, cfg.temperature)
+    read = diffusion.make_read(model.cfg, E, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
-    return diffusion.generate(network_for, read, table, alpha_bar, idx.expand(B, -1), known, group.to(device), steps, cfg.eta, rng, watch)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return diffusion.generate(network_for, read, table, alpha_bar, idx.expand(B, -1), known, group.to(device), steps, cfg.eta, rng, watch)
 
 
 def main(cfg):
@@ -227,7 +230,8 @@ def main(cfg):
         device = choose_device(cfg.device)
     except ValueError as error:
         fail(error)
-    model, encoding = load_model(checkpoint, device), get_tokenizer(checkpoint["data"]["tokenizer"])
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
+    model, encoding = load_model(checkpoint, device, getattr(torch, dtype)), get_tokenizer(checkpoint["data"]["tokenizer"])
     prompts = read_prompts(cfg.prompt)
     canvases = [make_canvas(cfg, model.cfg, prompt, encoding.encode_ordinary) for prompt in prompts]
     try:
@@ -238,7 +242,7 @@ def main(cfg):
     together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
     together = f"{cfg.streams} streams side by side" if cfg.streams > 1 else together
     say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
-        f"{together}, {device}")
+        f"{together}, {device}, {dtype}")
     if not all(prompt.strip() for prompt in prompts):
         if cfg.mode == "generate":
             say("no prompt: the samples are unconditional")

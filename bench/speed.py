@@ -4,10 +4,12 @@ How fast SunFish trains and writes, each figure beside what the same machine cou
     python bench/speed.py --shapes=tiny,micro --threads=2 --out=out/speed
     python bench/speed.py --shapes=micro --parts=train --peer=../nanoGPT       # and nanoGPT's step, from a clone, at that shape
 
-rate: FLOP/s of the matrix products of a forward pass, alone, best of several. floor: FLOPs over that rate in the dtype of
-the trunk, as if there were nothing but products. ratio: time over floor. A training step's FLOPs are those of
-model.flops_per_token without first guesses, which few sequences get; MFU is them over time and the published peak of a GPU. The mix
-of spans and streams is that after the warm-up. Weights and text are random; only `start` runs the real commands, on the text that Python brings along.
+rate: FLOP/s of the matrix products of a forward pass, alone, best of several; and bytes/s of memory that is only read.
+floor: FLOPs over that rate in the same dtype, as if there were nothing but products; for a few tokens a step it is the time to
+read all weights once, if that is more. ratio: time over floor. A training step's FLOPs are those of model.flops_per_token, without
+first guesses (guessed: the share of sequences that got one); MFU is them over time and the published peak of a GPU. The mix of
+spans and streams is that after the warm-up. Weights and text are random; only `start` runs the real commands, on the text that
+Python brings along.
 """
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -26,22 +28,23 @@ class Config:
     shapes: str = "tiny,micro"       # comma list of files in config/
     parts: str = ",".join(PARTS)     # comma list of what to measure
     vocab_size: int = 50_257         # GPT-2's
+    n_layer: int = 0                 # blocks, if a shape is too deep for this machine; 0 is the shape's own
     batch_size: int = 0              # sequences at a time; 0 is the shape's own. An optimizer step is one such batch here
     block_size: int = 0              # tokens in a window; 0 is the shape's own
     repeats: int = 5                 # measured steps, after three that are not; the median counts
     tokens: int = 256                # of a text that is sampled
     steps: int = 50                  # denoising steps for it
     device: str = "auto"             # auto, cpu, cuda
-    dtype: str = "auto"              # auto, float32, bfloat16: of the trunk in training
+    dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
     compile: str = "auto"            # auto, true, false
     threads: int = 0                 # 0 is one for each core
     peer: str = ""                   # folder of a nanoGPT clone
     out: str = ""                    # also write the numbers here, as speed.json
 
     def check(self):
-        if self.vocab_size < 2 or min(self.repeats, self.tokens, self.steps) < 1 or min(self.batch_size, self.block_size, self.threads) < 0:
-            raise ValueError("vocab_size, repeats, tokens, steps, batch_size, block_size and threads must be positive; 0 is the "
-                             "default of the last three")
+        if self.vocab_size < 2 or min(self.repeats, self.tokens, self.steps) < 1 or min(self.n_layer, self.batch_size, self.block_size, self.threads) < 0:
+            raise ValueError("vocab_size, repeats, tokens, steps, n_layer, batch_size, block_size and threads must be positive; 0 is "
+                             "the default of the last four")
         if self.steps > 1000:
             raise ValueError(f"steps={self.steps} is more than the 1000 timesteps of a schedule")
         for part in self.parts.split(","):
@@ -75,7 +78,7 @@ import train
 from diffusion import FAR
 from model import SCORES, SunFish, flops_per_token, keep_memory, peak_flops, trunk_products
 
-KINDS = {"matrix products": r"mm\b|linear|convolution", "attention": "attention", "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
+KINDS = {"matrix products": r"mm\b|linear|convolution|matmul", "attention": "attention", "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
          "optimizer, clipping, average": "adam|lerp|norm|foreach", "copies": "copy_|::cat|::stack|clone|Memcpy", "noise": "normal_|rand"}
 
 
@@ -126,19 +129,30 @@ def rate(shape, vocab_size, device, dtype, repeats=5):
     return total / took
 
 
+def bandwidth(device, repeats=5):
+    """Bytes/s of memory that is read and summed up."""
+    x = torch.ones(2 ** 26, device=device)
+    return x.nbytes / seconds(x.sum, device, repeats, pick=min)
+
+
 def line(what, took, floor=None, **more):
     """One figure, printed as a row of the table and returned."""
     row = {"what": what, "seconds": took, **({"floor": floor, "ratio": took / floor} if floor else {}), **more}
     beside = f"{floor:10.4f}{took / floor:8.2f}" if floor else " " * 18
-    print(f"{what:58}{took:10.4f}{beside}  " + "  ".join(f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in more.items()), flush=True)
+    print(f"{what:66}{took:10.4f}{beside}  " + "  ".join(f"{k} {v:,.0f}" if v >= 100 else f"{k} {v:.3g}" for k, v in more.items()), flush=True)
     return row
 
 
 def make_step(shape, vocab_size, device, dtype, compiled):
     """A function that makes one optimizer step as train.py does."""
-    windows = Random(shape, vocab_size)
+    windows, guessed = Random(shape, vocab_size), []
     net, ema, model, optimizer = train.build(shape, windows, None, 0, device, dtype, compiled)
-    batches = train.batches_ahead(shape, windows, 0, device)
+
+    def counted(batches):
+        for batch in batches:
+            guessed.append(batch.guesses / len(batch.idx))
+            yield batch
+    batches = counted(train.batches_ahead(shape, windows, 0, device))
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def step():
@@ -147,16 +161,17 @@ def make_step(shape, vocab_size, device, dtype, compiled):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         train.update_ema(ema, net, shape.ema_decay, 0)
-    return step, net
+    return step, net, guessed
 
 
 def training(cfg, name, shape, device, dtype, compiled, rates):
-    step, net = make_step(shape, cfg.vocab_size, device, dtype, compiled)
+    step, net, guessed = make_step(shape, cfg.vocab_size, device, dtype, compiled)
     took, tokens = seconds(step, device, cfg.repeats), shape.batch_tokens
     flops, peak = tokens * flops_per_token(net, shape.in_turns), peak_flops(device)
     mfu = {"MFU": flops / took / peak} if peak else {}
     what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-    return [line(what, took, flops / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops / 1e12, **mfu)]
+    return [line(what, took, flops / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops / 1e12,
+                 guessed=statistics.mean(guessed[-cfg.repeats:]), **mfu)]
 
 
 def peer(cfg, name, shape, device, dtype, compiled, rates):
@@ -201,7 +216,7 @@ def origin(cfg, device):
 
 def profile(cfg, name, shape, device, dtype, compiled):
     """Shares of a step's time by kind of operation."""
-    step, _ = make_step(shape, cfg.vocab_size, device, dtype, compiled)
+    step, *_ = make_step(shape, cfg.vocab_size, device, dtype, compiled)
     step()
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profiler:
@@ -216,25 +231,38 @@ def profile(cfg, name, shape, device, dtype, compiled):
     return [{"what": f"{name}: profile", **{kind: part / total for kind, part in took.items()}}]
 
 
-def call_flops(shape, vocab_size, tokens, branches):
-    """FLOPs of one call of the network on a whole text: the trunk for each branch; posterior mean, scores and guess once."""
-    return 2 * tokens * (branches * trunk_products(shape, tokens) + (4 * shape.token_dim + shape.n_embd) * -(-vocab_size // 64) * 64)
+def call_flops(shape, vocab_size, tokens, branches, read=0, keys=0):
+    """FLOPs of one call of the network for so many noisy tokens: the trunk for each branch, and for `read` clean ones as well, all
+    of which see `keys` more; posterior mean, scores and guess once."""
+    trunk = (tokens + read) * branches * (trunk_products(shape, tokens + read) + 2 * keys * shape.n_embd * shape.n_layer)
+    return 2 * (trunk + tokens * (4 * shape.token_dim + shape.n_embd) * -(-vocab_size // 64) * 64)
 
 
-def sampling(cfg, name, shape, device, rates):
+def weight_bytes(model):
+    """Bytes that a call of the network for few tokens reads: each weight once, the token vectors three times more."""
+    used = sum(p.numel() for name, p in model.named_parameters() if not re.search("table|prompt_in|cross.kv", name))
+    return (used + 4 * model.table.numel()) * model.head.weight.element_size()
+
+
+def sampling(cfg, name, shape, device, dtype, rates):
     """Texts of cfg.tokens tokens after a prompt: all at once as the origin writes, in spans, and in streams."""
-    shape, rows = replace(shape, block_size=cfg.tokens, span_size=min(8, cfg.tokens)), []
+    shape, rows, T = replace(shape, block_size=cfg.tokens, span_size=min(8, cfg.tokens)), [], cfg.tokens
     model = SunFish(shape, cfg.vocab_size).to(device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
     prompt = torch.randint(cfg.vocab_size, (shape.prompt_size,))
-    canvas = torch.zeros(cfg.tokens, dtype=torch.int64), torch.zeros(cfg.tokens, dtype=torch.bool), prompt
-    T = cfg.tokens
+    canvas = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), prompt
     for span, streams, steps, guidance, n in ((0, 1, cfg.steps, 2.0, 1), (0, 1, cfg.steps, 1.0, 1), (0, 1, cfg.steps, 2.0, 4),
-                                              (8, 1, max(cfg.steps, T), 2.0, 1), (1, 1, T, 2.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 1)):
+                                              (1, 1, T, 2.0, 1), (1, 1, T, 1.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 4)):
         settings = sample.Config(span_size=span, streams=streams, steps=steps, guidance_scale=guidance)
         took = seconds(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)), device, max(1, cfg.repeats // 2), 1)
-        floor = n * steps * call_flops(shape, cfg.vocab_size, cfg.tokens, 1 + (guidance != 1)) / rates[torch.float32] if span == 0 else None
-        what = f"{name}: {n} x {cfg.tokens} tokens, {steps} steps, " + ("all at once" if span == 0 else f"spans of {span}" if span > 1 else f"{streams} stream{'s' * (streams > 1)}") + ", guided" * (guidance != 1)
-        rows.append(line(what, took, floor, ms_a_step=1000 * took / steps, tokens_per_second=n * cfg.tokens / took))
+        now, branches = T if span == 0 else -(-T // steps), 1 + (guidance != 1)
+        flops = n * call_flops(shape, cfg.vocab_size, now, branches, *((now, T // 2) if span else ()))
+        floor = steps * max(flops / rates[dtype], weight_bytes(model) / rates["bytes"])
+        how = "all at once" if span == 0 else f"{streams} stream{'s' * (streams > 1)}"
+        rows.append(line(f"{name}: {n} x {T} tokens, {steps} steps, {how}{', guided' * (branches > 1)}, {str(dtype)[6:]}", took, floor,
+                         ms_a_step=1000 * took / steps, tokens_per_second=n * T / took))
     return rows
 
 
@@ -259,20 +287,23 @@ def main(cfg):
     parts, result, rows = cfg.parts.split(","), {"settings": asdict(cfg), "torch": torch.__version__}, []
     for name in cfg.shapes.split(","):
         shape = load(train.Config, [str(ROOT / "config" / f"{name}.py")])
-        shape = replace(shape, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_size=cfg.batch_size or shape.batch_size,
-                        block_size=cfg.block_size or shape.block_size)
+        shape = replace(shape, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, n_layer=cfg.n_layer or shape.n_layer,
+                        batch_size=cfg.batch_size or shape.batch_size, block_size=cfg.block_size or shape.block_size)
         shape = replace(shape, batch_tokens=shape.batch_size * shape.block_size, span_warmup=0.0)
         device, dtype, compiled = train.choose_machine(shape)
         cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
         print(f"{name}: {shape.n_layer} layers of {shape.n_embd}, vocabulary {cfg.vocab_size:,}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else ""))
         rates = {kind: rate(shape, cfg.vocab_size, device, kind) for kind in (torch.float32, torch.bfloat16)}
-        result[f"{name}_rates"] = {str(kind)[6:]: value for kind, value in rates.items()}
-        print("products alone: " + ", ".join(f"{str(kind)[6:]} {value / 1e9:,.0f} GFLOP/s" for kind, value in rates.items()))
-        print(f"{'':58}{'seconds':>10}{'floor':>10}{'ratio':>8}")
+        rates["bytes"] = bandwidth(device)
+        result[f"{name}_rates"] = {str(kind).removeprefix("torch."): value for kind, value in rates.items()}
+        print(f"products alone: float32 {rates[torch.float32] / 1e9:,.0f} GFLOP/s, bfloat16 {rates[torch.bfloat16] / 1e9:,.0f} GFLOP/s; "
+              f"memory is read at {rates['bytes'] / 1e9:,.0f} GB/s")
+        print(f"{'':66}{'seconds':>10}{'floor':>10}{'ratio':>8}")
         rows += training(cfg, name, shape, device, dtype, compiled, rates) if "train" in parts else []
         rows += peer(cfg, name, shape, device, dtype, compiled, rates) if cfg.peer else []
-        rows += sampling(cfg, name, shape, device, rates) if "sample" in parts else []
+        for kind in dict.fromkeys((torch.float32, dtype)) if "sample" in parts else ():
+            rows += sampling(cfg, name, shape, device, kind, rates)
         rows += profile(cfg, name, shape, device, dtype, compiled) if "profile" in parts else []
     rows += origin(cfg, device) if "origin" in parts else []
     rows += starting(cfg) if "start" in parts else []

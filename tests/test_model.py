@@ -7,7 +7,7 @@ import torch
 
 import configurator
 import diffusion
-from model import ALL, CLEAN, FORMAT, NOISY, SunFish, find_checkpoint, load_model, read_checkpoint
+from model import ALL, CLEAN, FORMAT, NOISY, SunFish, attention, find_checkpoint, load_model, read_checkpoint, score_mask
 
 
 def meta_size(name, *args):
@@ -125,6 +125,17 @@ def test_text_read_as_it_is_written_is_text_read_as_a_whole(small, group):
         last = places
     for made, whole in zip(blocks, small.remember(idx, group, **prompted), strict=True):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(made, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_attention_is_that_of_torch_in_double_precision(dtype, tolerance):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (5, 9, 9))
+    sight = torch.rand(2, 1, 5, 9) < 0.5
+    sight[..., 2] = True
+    for mask in (None, sight):
+        want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+        assert torch.allclose(attention(q, k, v, score_mask(mask, dtype)).double(), want, atol=tolerance)
 
 
 def test_several_branches_in_one_call_are_several_calls(small):

@@ -8,6 +8,7 @@ from conftest import call, run
 
 import sample as script
 from configurator import ModelConfig
+from model import find_checkpoint, load_model
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,17 @@ def test_same_seed_same_text_whatever_the_batch(checkpoint):
     apart = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--batch_size=1")
     other = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--seed=2")
     assert together == apart and len(set(together)) == 3 and together != other
+
+
+def test_bfloat16_changes_the_scores_little_and_the_command_takes_it(checkpoint):
+    scores, x = [], torch.randn(1, 24, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(find_checkpoint(checkpoint)[1], dtype=dtype)
+        reader = script.Reader(model, model.embedding().to(dtype), torch.tensor([[5, 6, 7]]), torch.zeros(24, dtype=torch.bool), 2.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            scores.append(reader.network(x, torch.zeros(1, 24), torch.zeros_like(x)).softmax(-1))
+    assert (scores[0] - scores[1]).abs().max() < 0.02 and 0 < (scores[0] - scores[1]).abs().max()
+    assert ", bfloat16" in write(checkpoint, "--dtype=bfloat16").stderr and "float32" in write(checkpoint, "--dtype=float32").stderr
 
 
 def test_guidance_at_one_and_eta_zero(checkpoint):

@@ -378,6 +378,26 @@ def test_activation_checkpointing_changes_nothing_but_memory(shards, tmp_path):
     assert plain == pytest.approx(recomputed, rel=1e-6)
 
 
+@pytest.mark.parametrize("args", [[], ["--head=tied"], ["--objective=vlb", "--schedule=cosine"]])
+def test_gradients_made_with_the_scores_are_those_of_autograd(windows, monkeypatch, args):
+    def plain(f, width, shared, *inputs):
+        losses = f(*shared, *inputs)
+        return losses[:, 0].sum(), losses.detach()
+    cfg, found = config("--batch_size=8", *args), []
+    batch = train.make_batch(cfg, windows, 5, range(8), "cpu")
+    for loss_in_chunks in (train.loss_in_chunks, plain):
+        monkeypatch.setattr(train, "loss_in_chunks", loss_in_chunks)
+        torch.manual_seed(0)
+        net = SunFish(cfg, 300)
+        torch.nn.init.normal_(net.head.weight, std=0.1)
+        loss, fit = train.DenoisingLoss(net, cfg)(batch)
+        (3 * loss + fit).backward()
+        found.append((loss.item(), fit.item(), [p.grad for p in net.parameters() if p.grad is not None]))
+    (loss, fit, grads), (plain_loss, plain_fit, plain_grads) = found
+    assert (loss, fit) == pytest.approx((plain_loss, plain_fit), rel=1e-6) and len(grads) == len(plain_grads) > 10
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(grads, plain_grads, strict=True))
+
+
 def test_scores_in_chunks_give_the_loss_and_gradients_of_scores_as_a_whole(windows, monkeypatch):
     """And never stand in memory at once: the largest tensor of the chunked step is smaller than the scores."""
     cfg, found = config("--batch_size=8"), []
