@@ -301,11 +301,11 @@ def make_sample(cfg, windows, step, i, device):
 
 def make_batch(cfg, windows, step, samples, device):
     """Samples (indices within the step) as one Batch on the device. In front are those with a first guess: of a fixed share
-    those that need it, filled up to a quarter or all of the share, so that a compiled step meets three sizes only."""
+    those that need it, filled up to a quarter, a half or all of the share, so that a compiled step meets four sizes only."""
     made = {i: make_sample(cfg, windows, step, i, device) for i in samples}
     chosen = [i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)]
     useful = [i for i in chosen if (made[i][2] < cfg.timesteps).any()]
-    guesses = next(n for n in (0, len(chosen) // 4, len(chosen)) if n >= len(useful))
+    guesses = next(n for n in (0, len(chosen) // 4, len(chosen) // 2, len(chosen)) if n >= len(useful))
     rows = [made[i] for i in sorted(samples, key=lambda i: (i not in useful, i not in chosen, i))]
     fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*rows, strict=True))
     return Batch(*fields, guesses)

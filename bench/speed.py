@@ -4,7 +4,8 @@ How fast SunFish trains and writes, each figure beside what the same machine cou
     python bench/speed.py --shapes=tiny,micro --threads=2 --out=out/speed
     python bench/speed.py --shapes=micro --parts=train --peer=../nanoGPT       # and nanoGPT's step, from a clone, at that shape
 
-rate: FLOP/s of the matrix products of a forward pass, alone, best of several; and bytes/s of memory that is only read.
+rate: FLOP/s of the matrix products of a forward pass, alone, and bytes/s of memory that is only read. The rate is taken anew after
+each measured step, and medians are compared, for a shared machine is not equally fast all the time.
 floor: FLOPs over that rate in the same dtype, as if there were nothing but products; for a few tokens a step it is the time to
 read all weights once, if that is more. ratio: time over floor. A training step's FLOPs are those of model.flops_per_token, without
 first guesses (guessed: the share of sequences that got one); MFU is them over time and the published peak of a GPU. The mix of
@@ -116,7 +117,7 @@ class Random:
 
 # ---- what is measured: each takes the settings, the shape, the machine and its rate, and returns rows ----
 
-def rate(shape, vocab_size, device, dtype, repeats=5):
+def rate(shape, vocab_size, device, dtype, repeats=2, warmup=1):
     """FLOP/s of the products of one forward pass over a batch: trunk, and scores in chunks as the model has them."""
     d, M, V = shape.n_embd, shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
     rows, total, took = max(1, min(M, SCORES // V)), 0, 0.0
@@ -124,7 +125,7 @@ def rate(shape, vocab_size, device, dtype, repeats=5):
                 (rows, shape.token_dim, V, M // rows), (rows, d, V, M // rows)]
     for m, k, n, times in products:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-        took += times * seconds(lambda a=a, b=b: a @ b.T, device, repeats, pick=min)
+        took += times * seconds(lambda a=a, b=b: a @ b.T, device, repeats, warmup, min)
         total += times * 2 * m * k * n
     return total / took
 
@@ -132,7 +133,13 @@ def rate(shape, vocab_size, device, dtype, repeats=5):
 def bandwidth(device, repeats=5):
     """Bytes/s of memory that is read and summed up."""
     x = torch.ones(2 ** 26, device=device)
-    return x.nbytes / seconds(x.sum, device, repeats, pick=min)
+    return x.nbytes / seconds(x.sum, device, repeats)
+
+
+def beside(f, products, device, repeats, warmup=3):
+    """Medians of the seconds of f() and of the rate that products() finds, taken in turn."""
+    pairs = [(seconds(f, device, 1, 0), products()) for _ in range(warmup + repeats)][warmup:]
+    return [statistics.median(x) for x in zip(*pairs, strict=True)]
 
 
 def line(what, took, floor=None, **more):
@@ -164,17 +171,17 @@ def make_step(shape, vocab_size, device, dtype, compiled):
     return step, net, guessed
 
 
-def training(cfg, name, shape, device, dtype, compiled, rates):
+def training(cfg, name, shape, device, dtype, compiled):
     step, net, guessed = make_step(shape, cfg.vocab_size, device, dtype, compiled)
-    took, tokens = seconds(step, device, cfg.repeats), shape.batch_tokens
+    (took, rated), tokens = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats), shape.batch_tokens
     flops, peak = tokens * flops_per_token(net, shape.in_turns), peak_flops(device)
     mfu = {"MFU": flops / took / peak} if peak else {}
     what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-    return [line(what, took, flops / rates[dtype], tokens_per_second=tokens / took, TFLOPs=flops / 1e12,
+    return [line(what, took, flops / rated, tokens_per_second=tokens / took, TFLOPs=flops / 1e12,
                  guessed=statistics.mean(guessed[-cfg.repeats:]), **mfu)]
 
 
-def peer(cfg, name, shape, device, dtype, compiled, rates):
+def peer(cfg, name, shape, device, dtype, compiled):
     """nanoGPT's step at the same shape: its own model.py, optimizer and count of FLOPs."""
     spec = importlib.util.spec_from_file_location("nanogpt", Path(cfg.peer) / "model.py")
     nanogpt = importlib.util.module_from_spec(spec)
@@ -191,9 +198,9 @@ def peer(cfg, name, shape, device, dtype, compiled, rates):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    took, d = seconds(step, device, cfg.repeats), shape.n_embd
+    (took, rated), d = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats), shape.n_embd
     flops = 6 * (net.get_num_params() + 2 * shape.n_layer * shape.block_size * d) * idx.numel()
-    return [line(f"{name}: nanoGPT's step at that shape", took, flops / rates[dtype], tokens_per_second=idx.numel() / took, TFLOPs=flops / 1e12)]
+    return [line(f"{name}: nanoGPT's step at that shape", took, flops / rated, tokens_per_second=idx.numel() / took, TFLOPs=flops / 1e12)]
 
 
 def origin(cfg, device):
@@ -244,7 +251,7 @@ def weight_bytes(model):
     return (used + 4 * model.table.numel()) * model.head.weight.element_size()
 
 
-def sampling(cfg, name, shape, device, dtype, rates):
+def sampling(cfg, name, shape, device, dtype, bytes_rate):
     """Texts of cfg.tokens tokens after a prompt: all at once as the origin writes, in spans, and in streams."""
     shape, rows, T = replace(shape, block_size=cfg.tokens, span_size=min(8, cfg.tokens)), [], cfg.tokens
     model = SunFish(shape, cfg.vocab_size).to(device).eval().requires_grad_(False)
@@ -256,10 +263,11 @@ def sampling(cfg, name, shape, device, dtype, rates):
     for span, streams, steps, guidance, n in ((0, 1, cfg.steps, 2.0, 1), (0, 1, cfg.steps, 1.0, 1), (0, 1, cfg.steps, 2.0, 4),
                                               (1, 1, T, 2.0, 1), (1, 1, T, 1.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 4)):
         settings = sample.Config(span_size=span, streams=streams, steps=steps, guidance_scale=guidance)
-        took = seconds(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)), device, max(1, cfg.repeats // 2), 1)
+        took, rated = beside(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)),
+                             partial(rate, shape, cfg.vocab_size, device, dtype), device, max(1, cfg.repeats // 2), 1)
         now, branches = T if span == 0 else -(-T // steps), 1 + (guidance != 1)
         flops = n * call_flops(shape, cfg.vocab_size, now, branches, *((now, T // 2) if span else ()))
-        floor = steps * max(flops / rates[dtype], weight_bytes(model) / rates["bytes"])
+        floor = steps * max(flops / rated, weight_bytes(model) / bytes_rate)
         how = "all at once" if span == 0 else f"{streams} stream{'s' * (streams > 1)}"
         rows.append(line(f"{name}: {n} x {T} tokens, {steps} steps, {how}{', guided' * (branches > 1)}, {str(dtype)[6:]}", took, floor,
                          ms_a_step=1000 * took / steps, tokens_per_second=n * T / took))
@@ -294,16 +302,15 @@ def main(cfg):
         cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
         print(f"{name}: {shape.n_layer} layers of {shape.n_embd}, vocabulary {cfg.vocab_size:,}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}" + (f", cuDNN {cudnn}" if cudnn else ""))
-        rates = {kind: rate(shape, cfg.vocab_size, device, kind) for kind in (torch.float32, torch.bfloat16)}
-        rates["bytes"] = bandwidth(device)
-        result[f"{name}_rates"] = {str(kind).removeprefix("torch."): value for kind, value in rates.items()}
-        print(f"products alone: float32 {rates[torch.float32] / 1e9:,.0f} GFLOP/s, bfloat16 {rates[torch.bfloat16] / 1e9:,.0f} GFLOP/s; "
-              f"memory is read at {rates['bytes'] / 1e9:,.0f} GB/s")
+        rates = {str(kind)[6:]: rate(shape, cfg.vocab_size, device, kind, 5) for kind in (torch.float32, torch.bfloat16)}
+        result[f"{name}_rates"] = dict(rates, bytes=bandwidth(device))
+        print("products alone: " + ", ".join(f"{kind} {value / 1e9:,.0f} GFLOP/s" for kind, value in rates.items()) +
+              f"; memory is read at {result[f'{name}_rates']['bytes'] / 1e9:,.0f} GB/s")
         print(f"{'':66}{'seconds':>10}{'floor':>10}{'ratio':>8}")
-        rows += training(cfg, name, shape, device, dtype, compiled, rates) if "train" in parts else []
-        rows += peer(cfg, name, shape, device, dtype, compiled, rates) if cfg.peer else []
+        rows += training(cfg, name, shape, device, dtype, compiled) if "train" in parts else []
+        rows += peer(cfg, name, shape, device, dtype, compiled) if cfg.peer else []
         for kind in dict.fromkeys((torch.float32, dtype)) if "sample" in parts else ():
-            rows += sampling(cfg, name, shape, device, kind, rates)
+            rows += sampling(cfg, name, shape, device, kind, result[f"{name}_rates"]["bytes"])
         rows += profile(cfg, name, shape, device, dtype, compiled) if "profile" in parts else []
     rows += origin(cfg, device) if "origin" in parts else []
     rows += starting(cfg) if "start" in parts else []
