@@ -8,8 +8,9 @@ rate: FLOP/s of the matrix products of a forward pass, alone, and bytes/s of mem
 each measured step, and medians are compared, for a shared machine is not equally fast all the time.
 floor: FLOPs over that rate in the same dtype, as if there were nothing but products; for a few tokens a step it is the time to
 read all weights once, if that is more. ratio: time over floor. A training step's FLOPs are those of model.flops_per_token, without
-first guesses (guessed: the share of sequences that got one); MFU is them over time and the published peak of a GPU. The mix of
-spans and streams is that after the warm-up. Weights and text are random; only `start` runs the real commands, on the text that
+first guesses; of_rate counts these as well: all FLOPs over time and rate, where `guessed` is the share of sequences with a first
+guess. MFU is the FLOPs without them over time and the published peak of a GPU. The mix of spans and streams is that after the
+warm-up. Weights and text are random; only `start` runs the real commands, on the text that
 Python brings along.
 """
 import sys
@@ -175,10 +176,12 @@ def training(cfg, name, shape, device, dtype, compiled):
     step, net, guessed = make_step(shape, cfg.vocab_size, device, dtype, compiled)
     (took, rated), tokens = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats), shape.batch_tokens
     flops, peak = tokens * flops_per_token(net, shape.in_turns), peak_flops(device)
-    mfu = {"MFU": flops / took / peak} if peak else {}
+    mfu, share = {"MFU": flops / took / peak} if peak else {}, statistics.mean(guessed[-cfg.repeats:])
+    d, T, V = shape.n_embd, shape.block_size, len(net.table)
+    guess = 2 * (trunk_products(shape, T) + 2 * T * d * shape.n_layer * shape.in_turns + (d + 2 * shape.token_dim) * V)      # of a token
     what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-    return [line(what, took, flops / rated, tokens_per_second=tokens / took, TFLOPs=flops / 1e12,
-                 guessed=statistics.mean(guessed[-cfg.repeats:]), **mfu)]
+    return [line(what, took, flops / rated, tokens_per_second=tokens / took, TFLOPs=flops / 1e12, guessed=share,
+                 of_rate=(flops + tokens * share * guess) / took / rated, **mfu)]
 
 
 def peer(cfg, name, shape, device, dtype, compiled):
