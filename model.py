@@ -75,7 +75,7 @@ class LossInChunks(torch.autograd.Function):
     def forward(ctx, f, width, count, *inputs):
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[3:]) if need]
         shared, done = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs[:count])], []
-        grads = {i: [] if i >= count else torch.zeros_like(inputs[i], dtype=torch.float32) for i in wanted}
+        grads = {i: None if i < count else [] for i in wanted}
         for chunk in chunks(width, *inputs[count:]):
             leaves = [*shared, *(x.detach().requires_grad_(i in wanted) for i, x in enumerate(chunk, count))]
             with torch.enable_grad():
@@ -83,8 +83,11 @@ class LossInChunks(torch.autograd.Function):
                 found = torch.autograd.grad(losses[:, 0].sum(), [leaves[i] for i in wanted], allow_unused=True) if wanted else ()
             done.append(losses.detach())
             for i, grad in zip(wanted, found, strict=True):
-                grads[i] += (0 if grad is None else grad) if i < count else [grad]
-        grads = {i: grad.to(inputs[i].dtype) if i < count else torch.cat(grad) for i, grad in grads.items()}
+                if i >= count:
+                    grads[i].append(grad)
+                elif grad is not None:
+                    grads[i] = grad.float() if grads[i] is None else grads[i].add_(grad)
+        grads = {i: torch.cat(grad) if i >= count else grad.to(inputs[i].dtype) for i, grad in grads.items() if grad is not None}
         ctx.save_for_backward(*(grads.get(i) for i in range(len(inputs))))
         done = torch.cat(done)
         ctx.mark_non_differentiable(done)
@@ -186,10 +189,8 @@ class Block(nn.Module):
     def mix(self, x, near=None, taps=None):
         """A depthwise convolution of x (B, T, n_embd), of those neighbours that are `near` (B, T, KERNEL); or at n places, whose
         neighbours in x are the taps (n, KERNEL)."""
-        if taps is not None:
-            return (x[:, taps] * near[..., None] * self.local).sum(2)
-        padded, T = F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2)), x.size(1)
-        shifted = (padded[:, i:i + T] * self.local[i] for i in range(KERNEL))
+        padded, T = F.pad(x, (0, 0, KERNEL // 2, KERNEL // 2)) if taps is None else None, x.size(1)
+        shifted = ((padded[:, i:i + T] if taps is None else x[:, taps[:, i]]) * self.local[i] for i in range(KERNEL))
         return sum(shifted if near is None else (x * near[..., i:i + 1] for i, x in enumerate(shifted)))
 
     def forward(self, x, noise, pos, context, context_pos, mask, attend=None, near=(None,), past=None, places=ALL, taps=(None, None),
@@ -343,12 +344,13 @@ class SunFish(nn.Module):
         return own if x_t is None or self.cfg.objective == "eps" else torch.cat((own, self.signal(x_t, log_snr)), -1)
 
     def readout(self, E):
-        """Weight (V, K) and bias (V,) of the last product, to be made once for all calls."""
+        """Weight (V, K) and bias (V,) of the last product, to be made once for all calls; under autocast in its dtype."""
         if self.cfg.objective == "eps":
             return self.head.weight, self.head.bias
-        if self.cfg.head == "tied":
-            return E, self.log_unigram
-        return torch.cat((self.head.weight, E), 1), self.head.bias + self.log_unigram
+        tied, kind = self.cfg.head == "tied", E.device.type
+        weight = E if tied else torch.cat((self.head.weight, E), 1)
+        weight = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+        return weight, self.log_unigram if tied else self.head.bias + self.log_unigram
 
     @staticmethod
     def answer(features, weight, bias):
@@ -538,11 +540,16 @@ def model_config(checkpoint):
     return ModelConfig(**{k: v for k, v in checkpoint["config"].items() if k in names})
 
 
-def load_model(checkpoint, device="cpu", dtype=torch.float32):
-    """The averaged network of a checkpoint's content, ready to use, the weights of its products in dtype."""
-    model = SunFish(model_config(checkpoint), checkpoint["data"]["vocab_size"])
-    model.load_state_dict(checkpoint["ema"])
+def to_read(model, device, dtype):
+    """The network, ready to use, the weights of its products in dtype."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_model(checkpoint, device="cpu", dtype=torch.float32):
+    """The averaged network of a checkpoint's content, ready to use."""
+    model = SunFish(model_config(checkpoint), checkpoint["data"]["vocab_size"])
+    model.load_state_dict(checkpoint["ema"])
+    return to_read(model, device, dtype)

@@ -333,10 +333,10 @@ class DenoisingLoss(nn.Module):
         past = None
         if cfg.in_turns:
             past = net.look_back(net.remember(batch.idx, batch.group, batch.prompt, batch.prompt_mask, table), batch.group)
-        mean = net.posterior_mean(x_t, log_snr, table)
-        x_prev = self.first_guess(x_t, mean, log_snr, batch, past, table)
+        mean, readout = net.posterior_mean(x_t, log_snr, table), net.readout(table)
+        x_prev = self.first_guess(x_t, mean, log_snr, batch, past, table, readout)
         hidden = net.hidden(mean, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
-        readout, features = net.readout(table), net.features(hidden, x_t, log_snr)
+        features = net.features(hidden, x_t, log_snr)
         if cfg.objective == "eps":
             loss = diffusion.eps_loss(net.answer(features, *readout), batch.eps).sum()
             return loss, torch.zeros_like(loss)
@@ -357,7 +357,7 @@ class DenoisingLoss(nn.Module):
             return torch.stack((ce if self.cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
 
     @torch.no_grad()
-    def first_guess(self, x_t, mean, log_snr, batch, past, table):
+    def first_guess(self, x_t, mean, log_snr, batch, past, table, readout):
         """x_0_hat of a first pass for the first batch.guesses sequences, and zeros for the others and where a sampler begins, at
         the highest level; with objective eps for all, as in the origin design, whose guess of x_0 grows without limit there."""
         x_prev, n = torch.zeros_like(x_t), max(batch.guesses, int(self.lockstep))
@@ -365,8 +365,8 @@ class DenoisingLoss(nn.Module):
             return x_prev
         past = tree_map(lambda x: x[:n] if isinstance(x, torch.Tensor) else x, past)
         hidden = self.net.hidden(mean[:n], log_snr[:n], x_prev[:n], batch.prompt[:n], batch.prompt_mask[:n], past, table)
-        read, readout = diffusion.read_logits(table), self.net.readout(table)
-        guess = in_chunks(lambda x: read(self.net.answer(x, *readout), None, None)[0], len(table), self.net.features(hidden, x_t[:n], log_snr[:n]))
+        read, features = diffusion.read_logits(table), self.net.features(hidden, x_t[:n], log_snr[:n])
+        guess = in_chunks(lambda x: read(self.net.answer(x, *readout), None, None)[0], len(table), features)
         x_prev[:batch.guesses] = torch.where(batch.t[:n, :, None] < self.cfg.timesteps, guess, 0)[:batch.guesses]
         return x_prev
 
@@ -381,6 +381,7 @@ def recompute_blocks(net, cfg):
 def compile_parts(loss_fn, backend="inductor"):
     """Compile the blocks and the scores of a DenoisingLoss, not the whole: what is compiled for one block serves for all."""
     torch._dynamo.config.recompile_limit = 32           # with prompt or not; clean, noisy or the last; the sizes of a first guess
+    torch._dynamo.config.optimize_ddp = False           # which would cut each block in two: gradients go out block by block anyway
     for module, name in (*((block, "forward") for block in loss_fn.net.blocks), (loss_fn, "losses")):
         setattr(module, name, torch.compile(getattr(module, name), backend=backend, dynamic=False))
 

@@ -4,8 +4,8 @@ How fast SunFish trains and writes, each figure beside what the same machine cou
     python bench/speed.py --shapes=tiny,micro --threads=2 --out=out/speed
     python bench/speed.py --shapes=micro --parts=train --peer=../nanoGPT       # and nanoGPT's step, from a clone, at that shape
 
-rate: FLOP/s of the matrix products of a forward pass, alone, and bytes/s of memory that is only read. The rate is taken anew after
-each measured step, and medians are compared, for a shared machine is not equally fast all the time.
+rate: FLOP/s of the matrix products of a forward pass, alone, taken anew after each measured step, for a shared machine is not equally
+fast all the time; medians are compared. bytes/s of memory that is only read, once for a shape.
 floor: FLOPs over that rate in the same dtype, as if there were nothing but products; for a few tokens a step it is the time to
 read all weights once, if that is more. ratio: time over floor. A training step's FLOPs are those of model.flops_per_token, without
 first guesses; of_rate counts these as well: all FLOPs over time and rate, where `guessed` is the share of sequences with a first
@@ -78,7 +78,7 @@ import torch.nn as nn
 import sample
 import train
 from diffusion import FAR
-from model import SCORES, SunFish, flops_per_token, keep_memory, peak_flops, trunk_products
+from model import SunFish, chunks, flops_per_token, keep_memory, peak_flops, to_read, trunk_products
 
 KINDS = {"matrix products": r"mm\b|linear|convolution|matmul", "attention": "attention", "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
          "optimizer, clipping, average": "adam|lerp|norm|foreach", "copies": "copy_|::cat|::stack|clone|Memcpy", "noise": "normal_|rand"}
@@ -120,10 +120,10 @@ class Random:
 
 def rate(shape, vocab_size, device, dtype, repeats=2, warmup=1):
     """FLOP/s of the products of one forward pass over a batch: trunk, and scores in chunks as the model has them."""
-    d, M, V = shape.n_embd, shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
-    rows, total, took = max(1, min(M, SCORES // V)), 0, 0.0
+    d, M, V, total, took = shape.n_embd, shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64, 0, 0.0
+    parts = [len(part) for part, in chunks(V, torch.empty(M))]
     products = [(M, d, d, 2 * shape.n_layer), (M, d, 2 * d, shape.n_layer), (M, d, 4 * d, shape.n_layer), (M, 4 * d, d, shape.n_layer),
-                (rows, shape.token_dim, V, M // rows), (rows, d, V, M // rows)]
+                (parts[0], shape.token_dim, V, len(parts)), (parts[0], d + shape.token_dim, V, len(parts))]
     for m, k, n, times in products:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
         took += times * seconds(lambda a=a, b=b: a @ b.T, device, repeats, warmup, min)
@@ -138,9 +138,8 @@ def bandwidth(device, repeats=5):
 
 
 def beside(f, products, device, repeats, warmup=3):
-    """Medians of the seconds of f() and of the rate that products() finds, taken in turn."""
-    pairs = [(seconds(f, device, 1, 0), products()) for _ in range(warmup + repeats)][warmup:]
-    return [statistics.median(x) for x in zip(*pairs, strict=True)]
+    """The seconds of f() and the rate that products() finds, in turn: two lists of as many as there are repeats."""
+    return [x[warmup:] for x in zip(*((seconds(f, device, 1, 0), products()) for _ in range(warmup + repeats)), strict=True)]
 
 
 def line(what, took, floor=None, **more):
@@ -174,14 +173,16 @@ def make_step(shape, vocab_size, device, dtype, compiled):
 
 def training(cfg, name, shape, device, dtype, compiled):
     step, net, guessed = make_step(shape, cfg.vocab_size, device, dtype, compiled)
-    (took, rated), tokens = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats), shape.batch_tokens
+    times, rated = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats)
+    took, tokens, shares = statistics.median(times), shape.batch_tokens, guessed[-cfg.repeats:]
     flops, peak = tokens * flops_per_token(net, shape.in_turns), peak_flops(device)
-    mfu, share = {"MFU": flops / took / peak} if peak else {}, statistics.mean(guessed[-cfg.repeats:])
+    mfu = {"MFU": flops / took / peak} if peak else {}
     d, T, V = shape.n_embd, shape.block_size, len(net.table)
     guess = 2 * (trunk_products(shape, T) + 2 * T * d * shape.n_layer * shape.in_turns + (d + 2 * shape.token_dim) * V)      # of a token
     what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(dtype)[6:]}{', compiled' * compiled}"
-    return [line(what, took, flops / rated, tokens_per_second=tokens / took, TFLOPs=flops / 1e12, guessed=share,
-                 of_rate=(flops + tokens * share * guess) / took / rated, **mfu)]
+    of_rate = statistics.median((flops + tokens * share * guess) / time / r for share, time, r in zip(shares, times, rated, strict=True))
+    return [line(what, took, flops / statistics.median(rated), tokens_per_second=tokens / took, TFLOPs=flops / 1e12,
+                 guessed=statistics.mean(shares), of_rate=of_rate, **mfu)]
 
 
 def peer(cfg, name, shape, device, dtype, compiled):
@@ -201,7 +202,8 @@ def peer(cfg, name, shape, device, dtype, compiled):
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    (took, rated), d = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats), shape.n_embd
+    times, rated = beside(step, partial(rate, shape, cfg.vocab_size, device, dtype), device, cfg.repeats)
+    took, rated, d = statistics.median(times), statistics.median(rated), shape.n_embd
     flops = 6 * (net.get_num_params() + 2 * shape.n_layer * shape.block_size * d) * idx.numel()
     return [line(f"{name}: nanoGPT's step at that shape", took, flops / rated, tokens_per_second=idx.numel() / took, TFLOPs=flops / 1e12)]
 
@@ -255,21 +257,19 @@ def weight_bytes(model):
 
 
 def sampling(cfg, name, shape, device, dtype, bytes_rate):
-    """Texts of cfg.tokens tokens after a prompt: all at once as the origin writes, in spans, and in streams."""
+    """Texts of cfg.tokens tokens after a prompt: all at once, as the origin writes, and in streams."""
     shape, rows, T = replace(shape, block_size=cfg.tokens, span_size=min(8, cfg.tokens)), [], cfg.tokens
-    model = SunFish(shape, cfg.vocab_size).to(device).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
+    model = to_read(SunFish(shape, cfg.vocab_size), device, dtype)
     prompt = torch.randint(cfg.vocab_size, (shape.prompt_size,))
     canvas = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), prompt
     for span, streams, steps, guidance, n in ((0, 1, cfg.steps, 2.0, 1), (0, 1, cfg.steps, 1.0, 1), (0, 1, cfg.steps, 2.0, 4),
                                               (1, 1, T, 2.0, 1), (1, 1, T, 1.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 1), (1, 8, max(FAR, -(-T // 8)), 2.0, 4)):
         settings = sample.Config(span_size=span, streams=streams, steps=steps, guidance_scale=guidance)
-        took, rated = beside(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)),
+        times, rated = beside(lambda settings=settings, n=n: sample.sample(model, settings, canvas, range(n)),
                              partial(rate, shape, cfg.vocab_size, device, dtype), device, max(1, cfg.repeats // 2), 1)
         now, branches = T if span == 0 else -(-T // steps), 1 + (guidance != 1)
         flops = n * call_flops(shape, cfg.vocab_size, now, branches, *((now, T // 2) if span else ()))
+        took, rated = statistics.median(times), statistics.median(rated)
         floor = steps * max(flops / rated, weight_bytes(model) / bytes_rate)
         how = "all at once" if span == 0 else f"{streams} stream{'s' * (streams > 1)}"
         rows.append(line(f"{name}: {n} x {T} tokens, {steps} steps, {how}{', guided' * (branches > 1)}, {str(dtype)[6:]}", took, floor,

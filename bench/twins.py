@@ -46,7 +46,8 @@ from model import ALL, SunFish, keep_memory, model_config, norm, read_checkpoint
 
 
 class Twin(nn.Module):
-    """Token ids -> scores, through the trunk of a SunFish at its clean end. kind is one of KINDS."""
+    """Token ids -> scores, through the trunk of a SunFish at its clean end. kind is one of KINDS. The scores of a batch stand in
+    memory as a whole: fine for small vocabularies."""
 
     def __init__(self, cfg, vocab_size, log_unigram=None, kind="autoregressive"):
         super().__init__()

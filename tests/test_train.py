@@ -378,24 +378,29 @@ def test_activation_checkpointing_changes_nothing_but_memory(shards, tmp_path):
     assert plain == pytest.approx(recomputed, rel=1e-6)
 
 
-@pytest.mark.parametrize("args", [[], ["--head=tied"], ["--objective=vlb", "--schedule=cosine"]])
-def test_gradients_made_with_the_scores_are_those_of_autograd(windows, monkeypatch, args):
+@pytest.mark.parametrize("args, dtype", [([], torch.float32), (["--head=tied"], torch.float32), ([], torch.bfloat16),
+                                         (["--objective=vlb", "--schedule=cosine"], torch.float32)])
+def test_gradients_made_with_the_scores_are_those_of_autograd(windows, monkeypatch, args, dtype):
     def plain(f, width, shared, *inputs):
         losses = f(*shared, *inputs)
         return losses[:, 0].sum(), losses.detach()
     cfg, found = config("--batch_size=8", *args), []
     batch = train.make_batch(cfg, windows, 5, range(8), "cpu")
+    monkeypatch.setattr(model, "SCORES", 320 * 20)                      # eight chunks
     for loss_in_chunks in (train.loss_in_chunks, plain):
         monkeypatch.setattr(train, "loss_in_chunks", loss_in_chunks)
         torch.manual_seed(0)
         net = SunFish(cfg, 300)
-        torch.nn.init.normal_(net.head.weight, std=0.1)
-        loss, fit = train.DenoisingLoss(net, cfg)(batch)
+        for weight in (net.head.weight, net.read.weight, net.time_out.weight, *(b.cross_gate for b in net.blocks if b.cross)):       # some begin at zero
+            torch.nn.init.normal_(weight, std=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, fit = train.DenoisingLoss(net, cfg)(batch)
         (3 * loss + fit).backward()
         found.append((loss.item(), fit.item(), [p.grad for p in net.parameters() if p.grad is not None]))
     (loss, fit, grads), (plain_loss, plain_fit, plain_grads) = found
-    assert (loss, fit) == pytest.approx((plain_loss, plain_fit), rel=1e-6) and len(grads) == len(plain_grads) > 10
-    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(grads, plain_grads, strict=True))
+    rough = 0.02 if dtype == torch.bfloat16 else 1e-5
+    assert (loss, fit) == pytest.approx((plain_loss, plain_fit), rel=rough) and len(grads) == len(plain_grads) > 10
+    assert all((a - b).norm() <= rough * b.norm() and b.norm() > 0 for a, b in zip(grads, plain_grads, strict=True))
 
 
 def test_scores_in_chunks_give_the_loss_and_gradients_of_scores_as_a_whole(windows, monkeypatch):
