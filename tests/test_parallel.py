@@ -36,7 +36,7 @@ def torchrun(args, code=0, script="train.py", wait=True, options=()):
     STARTED.append(process)
     if not wait:
         return process
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, (process.returncode, out, err)
     return out, err
 
@@ -177,7 +177,7 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(command, alone, tmp_p
     workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
     assert len(workers) == 2
     os.kill(int(workers[0]), signal.SIGKILL)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "resuming at step" in out, (out, err)
     assert same(losses(tmp_path / "run"), losses(alone))
 
@@ -195,3 +195,13 @@ def test_a_fault_of_one_process_ends_the_other_without_a_traceback(command, shar
     said = [line for line in err.splitlines() if line.startswith("error:")]
     assert "id 300 at token" in said[0] and len(said) <= 2 and "[rank0]: Traceback" not in err, err
     assert len(losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
+def test_compiled_sharded_and_recomputed_is_eager_alone(command, tmp_path):
+    """What config/full.py does, on one process."""
+    args = [*command[1:], "--n_layer=2", "--span_warmup=0", "--p_whole=0.3", "--max_steps=3"]
+    call(["train.py", *args, f"--out_dir={tmp_path / 'alone'}"])
+    torchrun([*args, "--compile=true", "--parallel=fsdp", "--activation_checkpointing=True", f"--out_dir={tmp_path / 'full'}"],
+             options=["--nproc_per_node=1"])
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
