@@ -27,7 +27,7 @@ class Config:
     eta: float = 1.0                 # ddim: fresh noise at each step, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.9         # of the scores; below 1 is safer and duller
     guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
-    batch_size: int = 8              # samples at a time; does not change them
+    batch_size: int = 8              # samples at a time; in float32 it does not change them
     seed: int = 1                    # same seed, same text
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
