@@ -9,6 +9,10 @@ A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as 
 llm.c and modded-nanogpt, whose shards can be read as well. An end-of-text token stands before each document. meta.json
 (meta_p000.json for part 0) says what the shards are and which documents they hold. It is replaced after each training
 shard and the validation tokens up to there, and a run that was killed goes on from it: the result is the same.
+
+Records with instruction, optional input, and output (or prompt and response) are examples, and never cut: version 2 of the
+format, 256 int32 (20240520, 2, number of tokens, number of examples, zeros), two int32 for each example, the lengths of its
+instruction and its response, then the tokens. An end-of-text token opens the instruction and closes the response.
 """
 import ast
 import base64
@@ -33,7 +37,9 @@ import numpy as np
 
 from configurator import fail, load
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAGIC, HEADER_BYTES = 20240520, 1024
+TEXT, EXAMPLES = 1, 2                       # versions of the format
+RECORDS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "response"))
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
@@ -45,7 +51,7 @@ OFFLINE = "go offline: python prepare_fineweb.py --source=pydoc"
 @dataclass(frozen=True)
 class Config:
     source: str = "fineweb"          # fineweb, fineweb-edu, pydoc, or a file, folder or glob
-    tokenizer: str = ""              # gpt2, or corpus: trained on the text; "": corpus for pydoc, else gpt2
+    tokenizer: str = ""              # gpt2; corpus: trained on the text; a folder: that of its shards or export; "": corpus for pydoc, else gpt2
     vocab_size: int = 4096           # ids of a corpus tokenizer
     max_tokens: str = "1B"           # stop after so many training tokens, like 100M or 2B; 0: all
     part: str = "0/1"                # i/n: every n-th file (document, if files are few) from the i-th on, an n-th of max_tokens
@@ -62,8 +68,8 @@ class Config:
         i, _, n = self.part.partition("/")
         if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
             raise ValueError(f"part={self.part} is not i/n with 0 <= i < n; write for example 0/4, 1/4, 2/4, 3/4")
-        if self.tokenizer not in ("", "gpt2", "corpus"):
-            raise ValueError(f"tokenizer={self.tokenizer} is not known; choose gpt2 or corpus")
+        if self.tokenizer not in ("", "gpt2", "corpus") and not os.path.isdir(self.tokenizer):
+            raise ValueError(f"tokenizer={self.tokenizer} is not known; choose gpt2, corpus, or a folder of prepared text")
         for name, low, high in (("vocab_size", 257, 2**16), ("val_fraction", 0, 0.9), ("shard_tokens", 1, 2**31 - 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {low} to {high}")
@@ -91,24 +97,37 @@ def write_file(path, *pieces):
         raise OSError(f"cannot write {path} ({sum(map(len, pieces)):,} bytes): {error.strerror}") from None
 
 
-def write_shard(path, tokens):
-    """Write `tokens` (n,) as one shard; returns its entry for meta.json. OSError if that fails."""
-    header = np.array([MAGIC, VERSION, len(tokens)], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
-    data = np.asarray(tokens, "<u2").data.cast("B")     # a view: a shard of the usual size is 200 MB
-    write_file(path, header, data)
-    return {"name": path.name, "tokens": len(tokens), "bytes": HEADER_BYTES + len(data),
-            "blake2b": hashlib.blake2b(data, digest_size=16).hexdigest()}
+def write_shard(path, tokens, lengths=()):
+    """Write `tokens` (n,) as one shard, of examples if they have `lengths` (m, 2); returns its entry for meta.json. OSError if
+    that fails."""
+    header = np.array([MAGIC, EXAMPLES if len(lengths) else TEXT, len(tokens), len(lengths)], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
+    pieces = np.asarray(lengths, "<i4").tobytes(), np.asarray(tokens, "<u2").data.cast("B")    # a view: a shard of the usual size is 200 MB
+    write_file(path, header, *pieces)
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return {"name": path.name, "tokens": len(tokens), "bytes": HEADER_BYTES + sum(map(len, pieces)), "blake2b": digest.hexdigest()}
 
 
 def read_shard(path):
     """The tokens of a shard, a read-only memory map (n,) uint16; ValueError if the file is not exactly such a shard."""
+    return read_examples(path)[0]
+
+
+def read_examples(path):
+    """The tokens (n,) of a shard and the lengths (m, 2) of instruction and response of its examples; of a text there are none."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        magic, version, n = np.frombuffer(file.read(12).ljust(12, b"\0"), "<i4").tolist()
-    if (magic, version) != (MAGIC, VERSION) or n < 1 or size != HEADER_BYTES + 2 * n:
-        raise ValueError(f"{path}: expected magic {MAGIC}, version {VERSION}, n tokens and {HEADER_BYTES} + 2 n bytes, "
-                         f"found {magic}, {version}, {n:,} and {size:,}; prepare or download it again")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES, (n,))
+        magic, version, n, m = np.frombuffer(file.read(16).ljust(16, b"\0"), "<i4").tolist()
+        start = HEADER_BYTES + 8 * m * (version == EXAMPLES)
+        if magic != MAGIC or version not in (TEXT, EXAMPLES) or n < 1 or m < 0 or size != start + 2 * n:
+            raise ValueError(f"{path}: expected magic {MAGIC}, version {TEXT}, n tokens and {HEADER_BYTES} + 2 n bytes, or version "
+                             f"{EXAMPLES} and 8 more an example, found {magic}, {version}, {n:,} and {size:,}; prepare or download it again")
+        file.seek(HEADER_BYTES)
+        lengths = np.frombuffer(file.read(start - HEADER_BYTES), "<i4").reshape(-1, 2).astype(np.int64)
+    if version == EXAMPLES and (m < 1 or lengths.min() < 1 or lengths.sum() != n):
+        raise ValueError(f"{path}: its {m:,} examples should be {n:,} tokens, but are {lengths.sum():,}; prepare it again")
+    return np.memmap(path, "<u2", "r", start, (n,)), lengths
 
 
 def find_shards(folder, split):
@@ -226,9 +245,19 @@ def encode(tokenizer, text):
     return np.concatenate([[tokenizer.eot_token], *tokens], dtype=np.uint16, casting="unsafe")
 
 
+def ask(instruction, context=""):
+    """An instruction, and the text that it is about, as they stand before the response."""
+    return "\n".join(part.strip() for part in (instruction, context) if part.strip()) + "\n\nAnswer:"
+
+
+def parts_of(document):
+    """The texts of a document: itself, or of an example (instruction, response)."""
+    return (document,) if isinstance(document, str) else document
+
+
 def open_source(source, revision="", subset="", part=(0, 1)):
     """(revision, the documents of part (i, n) that are not blank, in order): every n-th file's, or every n-th document if
-    there are fewer files. A byte that is not UTF-8 is a lone surrogate in them."""
+    there are fewer files. A byte that is not UTF-8 is a lone surrogate in them. An example is a pair of texts."""
     i, n = part
     if source == "pydoc":
         revision, texts = f"Python {sys.version.split()[0]}", read_pydoc()
@@ -239,8 +268,18 @@ def open_source(source, revision="", subset="", part=(0, 1)):
         files = find_files(source)
         revision = f"{len(files)} file{'s'[:len(files) - 1]}, {sum(path.stat().st_size for path in files):,} bytes"
         files, (i, n) = (files[i::n], (0, 1)) if len(files) >= n else (files, part)
-        texts = (text for path in files for text in read_file(path))
-    return revision, itertools.islice((text for text in texts if text.strip()), i, None, n)
+        texts = of_one_kind(text for path in files for text in read_file(path))
+    return revision, itertools.islice((text for text in texts if all(part.strip() for part in parts_of(text))), i, None, n)
+
+
+def of_one_kind(documents):
+    """The documents; ValueError if some are texts and some are examples."""
+    kind = None
+    for document in documents:
+        kind = kind or type(document)
+        if type(document) is not kind:
+            raise ValueError("there are records of text and of instructions in one source; prepare them apart")
+        yield document
 
 
 def read_hub(repo, revision, subset, part):
@@ -274,18 +313,28 @@ def read_file(path):
     number = 1
     try:
         for row in read_rows(path, path.suffix.lower()):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError('no string under the key "text"')
-            yield row["text"]
+            yield read_record(row)
             number += 1
     except Exception as error:                          # json, gzip, lzma, zlib and pyarrow raise a dozen kinds
         raise ValueError(f"{path}:{number}: cannot be read: {error}; repair or remove it") from None
 
 
+def read_record(row):
+    """The text of a row, or its example (instruction, response); ValueError if it has neither."""
+    strings = {key: value for key, value in row.items() if isinstance(value, str)} if isinstance(row, dict) else {}
+    if "text" in strings:
+        return strings["text"]
+    for asked, context, answer in RECORDS:
+        if asked in strings and answer in strings:
+            return ask(strings[asked], strings.get(context, "")), " " * bool(strings[answer].strip()) + strings[answer].strip()
+    raise ValueError('no string under the key "text", nor under "instruction" and "output", nor "prompt" and "response"')
+
+
 def read_rows(path, suffix):
     if suffix == ".parquet":
         import pyarrow.parquet
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+        file = pyarrow.parquet.ParquetFile(path)
+        for batch in file.iter_batches(1000, columns=["text"] if "text" in file.schema_arrow.names else None):
             yield from batch.to_pylist()
         return
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
@@ -334,7 +383,7 @@ def prepare(cfg):
         print(f"{path.parent}: {meta['label']}" + (" is already prepared" if meta["finished"] else ""))
         if not meta["finished"]:
             with lock(path.with_suffix(".lock")):
-                write_shards(cfg, meta, path)
+                (write_examples if meta.get("kind") == "instructions" else write_shards)(cfg, meta, path)
     except BlockingIOError:
         fail(f"another prepare_fineweb.py is at work in {path.parent}; wait for it")
     except ValueError as error:
@@ -364,8 +413,10 @@ def open_meta(cfg, path):
     recorded = next(iter(parts.values()), {}).get("settings", {})
     revision, texts = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
     kind = cfg.tokenizer or ("corpus" if name == "pydoc" else "gpt2")
+    spec = {"name": "gpt2"} if kind in ("gpt2", "corpus") else read_tokenizer(kind)
+    vocab_size = cfg.vocab_size if kind == "corpus" else len(spec.get("tokens", range(50256))) + 1
     settings = {"source": name, "revision": revision, "subset": cfg.subset, "tokenizer": kind,
-                "vocab_size": cfg.vocab_size if kind == "corpus" else 50257, "max_tokens": parse_count(cfg.max_tokens),
+                "vocab_size": vocab_size, "max_tokens": parse_count(cfg.max_tokens),
                 "parts": int(cfg.part.split("/")[1]), "val_fraction": cfg.val_fraction,
                 "shard_tokens": cfg.shard_tokens}
     if parts and settings != recorded:
@@ -378,13 +429,14 @@ def open_meta(cfg, path):
     first = next(texts, None)
     if not first:
         raise ValueError(f"no tokens in source={cfg.source}, nothing written; give it text that is not blank")
-    spec = train_tokenizer(itertools.chain([first], texts), cfg.vocab_size) if kind == "corpus" else {"name": "gpt2"}
+    if kind == "corpus":
+        spec = train_tokenizer((part for text in itertools.chain([first], texts) for part in parts_of(text)), cfg.vocab_size)
     about, licence = ABOUT.get(cfg.source, ("text of your own", "yours"))
     if cfg.source in HUB:
         about, licence = f"{HUB[cfg.source]} {cfg.subset}", "ODC-By 1.0"
     return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
-            "tokenizer": spec, "vocab_size": get_tokenizer(spec).n_vocab, **dict.fromkeys(COUNTS, 0), "offset": 0,
-            "shards": [], "settings": settings, "finished": False}
+            "kind": "text" if isinstance(first, str) else "instructions", "tokenizer": spec,
+            "vocab_size": get_tokenizer(spec).n_vocab, **dict.fromkeys(COUNTS, 0), "offset": 0, "shards": [], "settings": settings, "finished": False}
 
 
 def write_shards(cfg, meta, path):
@@ -395,7 +447,7 @@ def write_shards(cfg, meta, path):
     texts = itertools.islice(texts, meta["documents"], None)
     train, val = array("H"), array("H")                 # tokens that no shard has yet
     start = meta["offset"]                              # in the first document: the last shard ends there
-    for tokens, is_val, replaced in encode_all(texts, cfg, meta, goal):
+    for tokens, is_val, replaced, _ in encode_all(texts, cfg, meta, goal):
         (val if is_val else train).frombytes(tokens[start:].tobytes())
         start = 0
         while len(train) > size and meta["train_tokens"] + size < goal:
@@ -412,6 +464,36 @@ def write_shards(cfg, meta, path):
     path.with_suffix(".lock").unlink()
 
 
+def read_tokenizer(folder):
+    """The spec of the tokenizer of prepared text, or of an exported network, in `folder`; ValueError if there is none."""
+    for path in (Path(folder, "config.json"), *read_parts(folder)):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+    raise ValueError(f"tokenizer={folder} has no meta.json or config.json; name a folder of prepared text, or choose gpt2 or corpus")
+
+
+def write_examples(cfg, meta, path):
+    """Write the examples of a part and `meta` to `path`, at once: a shard of each split, for they are few. Those for validation
+    are a twentieth at least, up to 128."""
+    i, n = map(int, cfg.part.split("/"))
+    goal = -(-parse_count(cfg.max_tokens) // n) or sys.maxsize
+    _, examples = open_source(cfg.source, meta["revision"], cfg.subset, (i, n))
+    train, val, read = [], [], 0
+    for tokens, is_val, replaced, lengths in encode_all(examples, cfg, meta, goal):
+        read += 0 if is_val else len(tokens)
+        if read > goal:
+            break
+        (val if is_val else train).append((tokens, lengths))
+        meta["documents"] += 1
+        meta["replaced"] += replaced
+    missing = max(1, min((len(train) + len(val)) // 20, 128)) - len(val) if cfg.val_fraction else 0
+    train, moved = (train[:-missing], train[-missing:]) if 0 < missing < len(train) else (train, [])
+    meta["finished"] = True
+    splits = [list(zip(*rows, strict=True)) or ((), ()) for rows in (train, moved + val)]
+    save(path, meta, *(np.concatenate(tokens) if tokens else () for tokens, _ in splits), lengths=[lengths for _, lengths in splits])
+    path.with_suffix(".lock").unlink()
+
+
 def balance(train, val, meta):
     """A small source has hardly a document for validation: then its last tokens make 8192, or a twentieth of all."""
     if not train and not meta["train_tokens"]:
@@ -423,15 +505,21 @@ def balance(train, val, meta):
 
 
 def encode_all(texts, cfg, meta, goal):
-    """(tokens, is it for validation, bytes replaced) of each text in order, by threads: tiktoken releases the GIL."""
+    """(tokens, is it for validation, bytes replaced, lengths of the parts) of each document in order, by threads: tiktoken
+    releases the GIL."""
     from tqdm import tqdm
     tokenizer, workers = get_tokenizer(meta["tokenizer"]), cfg.workers or os.cpu_count()
 
-    def encode_one(text):
-        data, replaced = re.subn(b"\xed[\xa0-\xbf].", "\ufffd".encode(), text.encode("utf-8", "surrogatepass"))
-        text = data.decode() if replaced else text      # U+FFFD for each lone surrogate; a str is slower to search
-        digest = hashlib.blake2b(data, digest_size=8).digest()              # the same in any order and part
-        return encode(tokenizer, text), int.from_bytes(digest, "little") < cfg.val_fraction * 2**64, replaced
+    def encode_one(document):
+        found = []
+        for text in parts_of(document):
+            data, replaced = re.subn(b"\xed[\xa0-\xbf].", "\ufffd".encode(), text.encode("utf-8", "surrogatepass"))
+            text = data.decode() if replaced else text      # U+FFFD for each lone surrogate; a str is slower to search
+            digest = hashlib.blake2b(data, digest_size=8).digest()              # the same in any order and part
+            found.append((encode(tokenizer, text), int.from_bytes(digest, "little") < cfg.val_fraction * 2**64, replaced))
+        (first, is_val, replaced), *rest = found            # one instruction is for training or validation, whatever the response
+        tokens = np.concatenate([first, *(np.roll(tokens, -1) for tokens, _, _ in rest)]) if rest else first
+        return tokens, is_val, sum(row[2] for row in found), [len(row[0]) for row in found]
 
     with (ThreadPoolExecutor(workers) as pool,
           tqdm(total=goal if goal < sys.maxsize else None, initial=meta["train_tokens"], unit=" tokens",
@@ -446,13 +534,13 @@ def encode_all(texts, cfg, meta, goal):
             yield from rows
 
 
-def save(path, meta, train, val):
+def save(path, meta, train, val, lengths=((), ())):
     """Write a training shard, the validation tokens met on the way to its end, and then `meta`."""
     number = meta["train_tokens"] // meta["settings"]["shard_tokens"]
-    for split, tokens in (("train", train), ("val", val)):
-        if tokens:
+    for split, tokens, rows in zip(("train", "val"), (train, val), lengths, strict=True):
+        if len(tokens):
             name = f"{path.stem.replace('meta', split)}_{number:06d}.bin"
-            meta["shards"].append(write_shard(path.with_name(name), tokens))
+            meta["shards"].append(write_shard(path.with_name(name), tokens, rows))
             meta[f"{split}_tokens"] += len(tokens)
     meta.update(fingerprint=fingerprint(meta["tokenizer"], meta["shards"]))
     write_file(path, (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())

@@ -140,7 +140,7 @@ def test_a_shard_is_what_the_format_says(tmp_path):
 @pytest.mark.parametrize("change, found", [
     (lambda d: d[:-2], "20240520, 1, 4 and 1,030;"), (lambda d: d + b"\0", "20240520, 1, 4 and 1,033;"),
     (lambda d: d[:100], "20240520, 1, 4 and 100;"), (lambda d: b"", "0, 0, 0 and 0;"),
-    (lambda d: b"\0" + d[1:], "20240384, 1, 4 and 1,032;"), (lambda d: d[:4] + b"\2" + d[5:], "20240520, 2, 4"),
+    (lambda d: b"\0" + d[1:], "20240384, 1, 4 and 1,032;"), (lambda d: d[:4] + b"\3" + d[5:], "20240520, 3, 4"),
     (lambda d: d[:8] + b"\0" * 4 + d[12:], ", 0 and"), (lambda d: d[:8] + b"\xff" * 4 + d[12:], ", -1 and")])
 def test_a_damaged_shard_is_refused(tmp_path, change, found):
     path = tmp_path / "val_000000.bin"
@@ -280,7 +280,7 @@ def test_no_network_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("setting, says", [
     ("max_tokens=many", "write for example 50k, 100M"), ("part=2/2", "0 <= i < n"), ("part=1", "0 <= i < n"),
-    ("tokenizer=bert", "gpt2 or corpus"), ("vocab_size=256", "choose 257 to 65536"), ("vocab_size=65537", "65536"),
+    ("tokenizer=bert", "gpt2, corpus, or a folder"), ("vocab_size=256", "choose 257 to 65536"), ("vocab_size=65537", "65536"),
     ("val_fraction=1", "val_fraction=1.0"), ("shard_tokens=0", "shard_tokens=0")])
 def test_bad_settings_are_refused(capsys, setting, says):
     assert says in refused(capsys, pf.load, pf.Config, [f"--{setting}"])
@@ -379,10 +379,10 @@ def test_a_document_longer_than_shards_is_resumed_inside(tmp_path, monkeypatch):
     whole = contents(pf.prepare(dataclasses.replace(cfg, out=str(tmp_path / "whole"))))
     cfg, write, stops = dataclasses.replace(cfg, out=str(tmp_path / "stopped")), pf.write_shard, iter(range(99))
 
-    def write_and_stop(path, tokens):
+    def write_and_stop(*args):
         if next(stops) % 3 == 2:
             raise OSError("stopped")
-        return write(path, tokens)
+        return write(*args)
 
     monkeypatch.setattr(pf, "write_shard", write_and_stop)
     for _ in range(9):
@@ -391,6 +391,52 @@ def test_a_document_longer_than_shards_is_resumed_inside(tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "stopped" / "meta.lock").unlink()                       # a lock file nobody holds is no lock
     assert contents(pf.prepare(cfg)) == whole and len(whole) > 19
+
+
+PAIRS = [("Say it again.", f"the cat {i}", f"the cat {i}") for i in range(80)]
+
+
+def write_pairs(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_instruction_records_become_whole_examples(tmp_path):
+    """Each comes back as it was: instruction, input and response, opened and closed by end of text; three spellings of the keys."""
+    rows = [[dict(instruction=q, input=c, output=a), dict(instruction=q, context=c, response=a), dict(prompt=f"{q}\n{c}", response=a)][i % 3]
+            for i, (q, c, a) in enumerate(PAIRS)]
+    folder = pf.prepare(pf.Config(source=str(write_pairs(tmp_path / "t.jsonl", rows)), tokenizer="corpus", vocab_size=300, out=str(tmp_path / "out")))
+    meta, found = pf.read_meta(folder), []
+    tokenizer = pf.get_tokenizer(meta["tokenizer"])
+    for split, least in (("train", 70), ("val", 4)):
+        path, = pf.find_shards(folder, split)
+        tokens, lengths = pf.read_examples(path)
+        assert len(lengths) >= least and path.stat().st_size == 1024 + 8 * len(lengths) + 2 * len(tokens)
+        for part, (n, _) in zip(np.split(tokens, lengths.sum(1).cumsum())[:-1], lengths, strict=True):
+            assert part[0] == part[-1] == tokenizer.eot_token
+            found.append((tokenizer.decode(part[1:n].tolist()), tokenizer.decode(part[n:-1].tolist())))
+    assert sorted(found) == sorted((pf.ask(q, c), f" {a}") for q, c, a in PAIRS) and meta["kind"] == "instructions"
+    assert pf.ask("Say it again.", "the cat") == "Say it again.\nthe cat\n\nAnswer:"
+
+
+def test_examples_take_the_tokenizer_of_a_folder_and_mistakes_in_them_are_named(tmp_path, capsys):
+    text = pf.prepare(pf.Config(source=str(write_jsonl(tmp_path / "text.jsonl", sentences(50))), tokenizer="corpus", vocab_size=300,
+                                out=str(tmp_path / "text")))
+    source = write_pairs(tmp_path / "t.jsonl", [dict(prompt="Say it.", response=f"it {i}") for i in range(30)])
+    folder = pf.prepare(pf.Config(source=str(source), tokenizer=str(text), out=str(tmp_path / "pairs")))
+    assert pf.read_meta(folder)["tokenizer"] == pf.read_meta(text)["tokenizer"]
+    path, = pf.find_shards(folder, "train")
+    data = path.read_bytes()
+    path.write_bytes(data[:1024] + b"\1\1" + data[1026:])
+    with pytest.raises(ValueError, match="its .* examples should be"):
+        pf.read_examples(path)
+    mixed = write_pairs(tmp_path / "mixed.jsonl", [dict(prompt="Say it.", response="it"), dict(text="it")])
+    half = write_pairs(tmp_path / "half.jsonl", [dict(instruction="Say it.", input="it")])
+    (tmp_path / "empty").mkdir()
+    for source, tokenizer, words in ((mixed, "corpus", "prepare them apart"), (half, "corpus", 'nor under "instruction"'),
+                                     (mixed, str(tmp_path / "empty"), "no meta.json")):
+        assert words in refused(capsys, pf.prepare, pf.Config(source=str(source), tokenizer=tokenizer, out=str(tmp_path / "no")))
+        assert not (tmp_path / "no").exists() or not list((tmp_path / "no").glob("*.bin"))
 
 
 def test_parts_are_disjoint_and_complete(tmp_path):
