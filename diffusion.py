@@ -233,16 +233,17 @@ def streams(free, n):
     return torch.where(free, (free.cumsum(0) - 1) % max(FAR, -(-int(free.sum()) // n)), -1)
 
 
-def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, eta=0.0, rng=None, watch=None):
+def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, eta=0.0, rng=None, watch=None, end=None):
     """Tokens (B, T) that keep idx (B, T) where known (T,) and are elsewhere written turn by turn, as group (T,) says, each
     turn in its share of the steps.
 
     `network_for(tokens, group, places)` is the network of the noisy tokens at places (n,) that are written after those of
     smaller turns; known tokens have the smallest. What the last call leaves open is drawn from its softmax, or decided
-    for the likeliest with eta = 0. watch(t, tokens), if given, sees the text after every call.
+    for the likeliest with eta = 0. watch(t, tokens), if given, sees the text after every call. Nothing is written after the
+    turn in which the last of the texts has got the token `end`, if there is one.
     Raises ValueError if there are fewer steps than turns.
     """
-    tokens, group = idx.clone(), torch.where(known, -1, group)
+    tokens, group, ended = idx.clone(), torch.where(known, -1, group), torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     turns = group[~known].unique().tolist()
     if steps < len(turns):
         raise ValueError(f"steps={steps} is less than one for each of {len(turns)} turns")
@@ -250,6 +251,9 @@ def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, e
         places = (group == turn).nonzero().flatten()
         share = steps * (i + 1) // len(turns) - steps * i // len(turns)
         write_turn(network_for(tokens, group, places), read, table, alpha_bar, tokens, places, share, eta, rng, watch)
+        ended |= (tokens[:, places] == end).any(1) if end is not None else False
+        if ended.all():
+            break
     return tokens
 
 
@@ -291,7 +295,7 @@ def eps_loss(eps_hat, eps):
 # ---- likelihood ----
 
 class Bound(NamedTuple):
-    """An upper bound on -log p(tokens) in nats a token, in the three parts of Ho et al. 2020, eq. 5."""
+    """An upper bound on -log p(token) in nats, of each token (B, T), in the three parts of Ho et al. 2020, eq. 5."""
     reconstruction: torch.Tensor       # -log p(tokens | x_1)
     diffusion: torch.Tensor            # the sum over t = 2 .. timesteps, from one drawn t
     prior: torch.Tensor                # KL of q(x_timesteps | x_0) from the normal distribution
@@ -312,14 +316,14 @@ def by_turn(u, group):
 
 
 def stratified(n, timesteps, group, rng=None):
-    """Indices (n, T) in 2 .. timesteps, one for each turn in group (T,); those of a turn one from each n-th part of the
-    range, in random order."""
+    """Indices (n, T) in 2 .. timesteps, one for each turn in group (T,) or (n, T); those of a turn one from each n-th part of
+    the range, in random order."""
     u = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng, dtype=torch.float64)) / n
     return 2 + (by_turn(u[:, None], group) * (timesteps - 1)).long().clamp(max=timesteps - 2)
 
 
 def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
-    """One draw of the bound for each sequence of idx (B, T) at indices t (B, T) in 2 .. timesteps: parts of shape (B,). With
+    """One draw of the bound for each token of idx (B, T) at indices t (B, T) in 2 .. timesteps: parts of shape (B, T). With
     a single timestep there is no diffusion part, and t is not read.
 
     Unbiased for uniform t, equal in tokens that are written together; `predict` may show each token those of earlier
@@ -335,50 +339,52 @@ def likelihood_bound(predict, table, idx, alpha_bar, t, rng=None):
         return predict(x_t, log_snr(t, alpha_bar))
 
     _, logits = noised(torch.ones_like(idx))
-    reconstruction = ce_loss(logits, idx).double().mean(1)
+    reconstruction = ce_loss(logits, idx).double()
     diffusion = torch.zeros_like(reconstruction)
     if len(alpha_bar) > 2:
         x_0_hat, _ = noised(t)
         error = (x_0 - x_0_hat).double().square().sum(-1)                              # (B, T)
         t = t.to(alpha_bar.device)
-        diffusion = ((len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error).mean(1)
+        diffusion = (len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]).to(error.device) * error
     a = alpha_bar[-1]
-    squared_norm = x_0.double().square().sum(-1).mean(1)
+    squared_norm = x_0.double().square().sum(-1)
     prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a
     return Bound(reconstruction, diffusion, prior)
 
 
-def estimate_bound(predict_for, table, idx, group, alpha_bar, batch_size):
-    """The bound on idx (N, T), written in the turns group (T,), from fixed noise, each turn of a sequence at one index:
-    parts, their sum and its standard error. `predict_for(idx)` is the `predict` of some sequences. The size of a batch
-    changes nothing."""
+def estimate_bound(predict_for, table, idx, counts, group, alpha_bar, batch_size):
+    """The bound on those tokens of idx (N, T) that counts (N, T), written in the turns group (N, T), from fixed noise, each turn
+    of a sequence at one index: parts, their sum and its standard error. `predict_for(rows)` is the `predict` of some
+    sequences. The size of a batch changes nothing."""
     t = stratified(len(idx), len(alpha_bar) - 1, group.cpu(), generator("cpu", "bound"))
     draws = []
-    for first in range(0, len(idx), batch_size):
-        part = idx[first:first + batch_size]
-        rng = [generator(idx.device, "bound", first + i) for i in range(len(part))]
-        draws.append(likelihood_bound(predict_for(part), table, part, alpha_bar, t[first:first + batch_size], rng))
-    bound = Bound(*(torch.cat(part) for part in zip(*draws, strict=True)))
-    total = bound.total()
-    return {**{name: part.mean().item() for name, part in bound._asdict().items()}, "bound": total.mean().item(),
-            "bound_error": (total.std() / len(total) ** 0.5).item()}
+    for rows in torch.arange(len(idx)).split(batch_size):
+        rng = [generator(idx.device, "bound", i) for i in rows.tolist()]
+        draws.append(likelihood_bound(predict_for(rows), table, idx[rows], alpha_bar, t[rows], rng))
+    bound = Bound(*(torch.where(counts, torch.cat(part), 0).sum(1) for part in zip(*draws, strict=True)))        # of each (N,)
+    tokens, total = counts.sum(1), bound.total()
+    mean = total.sum() / tokens.sum()
+    error = (total - mean * tokens).std(correction=1) * len(total) ** 0.5 / tokens.sum()        # of a ratio of two sums
+    return {**{name: (part.sum() / tokens.sum()).item() for name, part in bound._asdict().items()},
+            "bound": mean.item(), "bound_error": error.item()}
 
 
-def ce_by_noise(predict_for, free, table, idx, alpha_bar, batch_size, bands=8):
-    """Cross-entropy of idx (N, T) at fixed noise: rows (t, of the network, of the context-free posterior) in nats.
+def ce_by_noise(predict_for, free, table, idx, counts, alpha_bar, batch_size, rows, bands=8):
+    """Cross-entropy of the tokens that counts (N, T) in some rows of idx (N, T), at fixed noise: (t, of the network, of the
+    context-free posterior) in nats.
 
     `free(x_t, log_snr)` gives the logits of the latter. The gap is what the network has learnt about context; the training
     loss hides it, because a fitted schedule keeps the mean at half of what pure noise costs.
     """
-    rows = []
+    table_of = []
     for k in range(bands):
         index, losses = round((k + 0.5) / bands * (len(alpha_bar) - 1)), []
-        for first in range(0, len(idx), batch_size):
-            part = idx[first:first + batch_size]
-            rng = [generator(idx.device, "band", k, first + i) for i in range(len(part))]
+        for numbers, some in zip(torch.arange(len(rows)).split(batch_size), rows.split(batch_size), strict=True):
+            part = idx[some]
+            rng = [generator(idx.device, "band", k, i) for i in numbers.tolist()]
             t, x_0 = torch.full_like(part, index), table[part]
             x_t, level = add_noise(x_0, t, alpha_bar, randn(x_0, rng)), log_snr(t, alpha_bar)
-            both = predict_for(part)(x_t, level)[1], free(x_t, level)
-            losses.append([ce_loss(logits, part).sum().item() for logits in both])
-        rows.append((index, *(sum(loss) / idx.numel() for loss in zip(*losses, strict=True))))
-    return rows
+            both = predict_for(some)(x_t, level)[1], free(x_t, level)
+            losses.append([ce_loss(logits, part)[counts[some]].sum().item() for logits in both])
+        table_of.append((index, *(sum(loss) / counts[rows].sum().item() for loss in zip(*losses, strict=True))))
+    return table_of

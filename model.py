@@ -12,6 +12,7 @@ A pre-norm transformer with full attention. Four things set it apart from a lang
 """
 import ctypes
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -383,6 +384,31 @@ class SunFish(nn.Module):
         return x, left
 
 
+class LoRA(nn.Linear):
+    """A linear layer whose weight (out, in) stays as it is, plus scale * B A of a low rank (Hu et al. 2021)."""
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def add_lora(model, rank, alpha):
+    """Freeze a network and give each linear layer of its blocks an adapter that begins at zero: alpha / rank * B A."""
+    model.requires_grad_(False)
+    for layer in [m for m in model.blocks.modules() if type(m) is nn.Linear]:
+        layer.__class__, layer.scale = LoRA, alpha / rank
+        layer.lora_A = nn.Parameter(torch.randn(rank, layer.in_features) * layer.in_features ** -0.5)
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add each adapter to its weight, and leave plain linear layers."""
+    for layer in [m for m in model.blocks.modules() if type(m) is LoRA]:
+        layer.weight += layer.scale * layer.lora_B @ layer.lora_A
+        del layer.lora_A, layer.lora_B, layer.scale
+        layer.__class__ = nn.Linear
+
+
 def choose_device(name):
     """The torch.device of "auto", "cpu", "cuda" or "cuda:1"; ValueError if it is not there."""
     cuda = torch.cuda.is_available()
@@ -538,6 +564,28 @@ def model_config(checkpoint):
     """The settings of the network in a checkpoint's content."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{k: v for k, v in checkpoint["config"].items() if k in names})
+
+
+def fingerprint(state):
+    """A hash of the weights of a network, which an adapter for it carries."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, x in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(x.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def merged(base, adapter):
+    """The content of a checkpoint whose network is that of `base` with an adapter's change; ValueError if that is of another."""
+    if adapter["base"] != fingerprint(base["ema"]):
+        raise ValueError(f"the adapter was trained on the network {adapter['base']} (init_from={adapter['config']['init_from']}), "
+                         f"and this is {fingerprint(base['ema'])}")
+    model = SunFish(model_config(adapter), adapter["data"]["vocab_size"])
+    model.load_state_dict(base["ema"])
+    add_lora(model, adapter["config"]["lora_rank"], adapter["config"]["lora_alpha"])
+    model.load_state_dict(adapter["ema"], strict=False)
+    merge_lora(model)
+    return {**adapter, "ema": model.state_dict()}
 
 
 def to_read(model, device, dtype):

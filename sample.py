@@ -4,6 +4,7 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
     python sample.py --prompt "The list is sorted"
     python sample.py --num_samples=4 --seq_len=64
     python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."
+    python sample.py --checkpoint=out/instruct --prompt "Name three colours."        # a network that was trained to answer
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
@@ -15,8 +16,9 @@ from configurator import fail, load
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = ""             # file, or folder of a run; empty is the newest under out/
+    lora: str = ""                   # file or folder of adapters; the checkpoint is then their base, by default where it was
     mode: str = "generate"           # generate, or infill with --text
-    prompt: str = ""                 # text that the samples continue; @FILE one a line, - stdin, empty is none
+    prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin, empty is none
     text: str = ""                   # infill: text with [MASK] (4 tokens) or [MASK:n] (n tokens)
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
@@ -67,8 +69,8 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model
-from prepare_fineweb import get_tokenizer
+from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model, merged
+from prepare_fineweb import ask, get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 DEFAULT_BLANK = 4                                 # tokens in a [MASK] without a length
@@ -107,15 +109,17 @@ def read_blanks(text, encode):
     return torch.tensor(idx + given), torch.tensor(known + [True] * len(given))
 
 
-def make_canvas(cfg, model_cfg, prompt, encode):
-    """What to fill: token ids (T,), which are given (T,), and the ids (P,) before it that cross-attention sees."""
+def make_canvas(cfg, model_cfg, prompt, encoding, answers=False):
+    """What to fill: token ids (T,), which are given (T,), and the ids (P,) before it that cross-attention sees. A network that
+    answers sees the prompt as it saw instructions."""
+    encode = encoding.encode_ordinary
     if cfg.mode == "infill":
         idx, known = read_blanks(cfg.text, encode)
         if cfg.seq_len:
             fail(f"seq_len={cfg.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
         ids = []
     else:
-        ids = encode(prompt) if prompt.strip() else []
+        ids = [] if not prompt.strip() else [encoding.eot_token] + encode(ask(prompt)) if answers else encode(prompt)
         n = min(len(ids), model_cfg.block_size // 2, max(0, model_cfg.block_size - cfg.seq_len))
         ids, given = ids[:len(ids) - n], ids[len(ids) - n:]
         idx = torch.tensor(given + [0] * (cfg.seq_len or model_cfg.block_size - n))
@@ -126,6 +130,11 @@ def make_canvas(cfg, model_cfg, prompt, encode):
         fail(f"the prompt has {len(ids) + int(known.sum())} tokens, more than the {model_cfg.prompt_size + int(known.sum())} that "
              f"this network reads beside what it is to write (prompt_size, block_size); shorten it: {prompt[:40]!r}...")
     return idx, known, torch.tensor(ids, dtype=torch.int64)
+
+
+def until(ids, end):
+    """The list of token ids up to the first `end`."""
+    return ids[:ids.index(end)] if end in ids else ids
 
 
 def progress(cfg, encoding, steps):
@@ -198,8 +207,9 @@ class Reader:
 
 
 @torch.no_grad()
-def sample(model, cfg, canvas, numbers, watch=None):
-    """Samples with these numbers, whose noise depends on (seed, number) alone: token ids (B, T), what is given included.
+def sample(model, cfg, canvas, numbers, watch=None, end=None):
+    """Samples with these numbers, whose noise depends on (seed, number) alone: token ids (B, T), what is given included. Of no use
+    is what follows the token `end`, if there is one.
 
     Guidance is away from what the network would write without the prompt: not the text before the canvas, and not what is
     given at its beginning.
@@ -215,17 +225,35 @@ def sample(model, cfg, canvas, numbers, watch=None):
     read = diffusion.make_read(model.cfg, E, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return diffusion.generate(network_for, read, table, alpha_bar, idx.expand(B, -1), known, group.to(device), steps, cfg.eta, rng, watch)
+        return diffusion.generate(network_for, read, table, alpha_bar, idx.expand(B, -1), known, group.to(device), steps, cfg.eta, rng, watch, end)
+
+
+def open_checkpoint(cfg):
+    """(path, content) of the checkpoint that is asked for, adapters merged into it."""
+    adapter, base = None, cfg.checkpoint or "out"
+    try:
+        if cfg.lora:
+            adapter_path, adapter = find_checkpoint(cfg.lora) or fail(f"no adapters at lora={cfg.lora}; train some with --lora_rank=8")
+            if "base" not in adapter:
+                fail(f"lora={adapter_path} is a whole network; use --checkpoint={cfg.lora}")
+            base = cfg.checkpoint or adapter["config"]["init_from"]
+        found = find_checkpoint(base)
+    except ValueError as error:
+        fail(f"{error}; train again, or name another with --{'lora' if adapter is None and cfg.lora else 'checkpoint'}", code=1)
+    path, content = found or fail(f"no checkpoint at {base}; " + ("name the base of the adapters with --checkpoint" if adapter else
+                                  "train one with `python train.py config/tiny.py`, or name it with --checkpoint"))
+    if "base" in content:
+        fail(f"{path} holds adapters; use --lora={path} and, with --checkpoint, the network that they were trained on")
+    try:
+        return (adapter_path, merged(content, adapter)) if adapter else (path, content)
+    except ValueError as error:
+        fail(f"{error}; name that one with --checkpoint")
 
 
 def main(cfg):
     keep_memory()
-    try:
-        found = find_checkpoint(cfg.checkpoint or "out")
-    except ValueError as error:
-        fail(f"{error}; train again, or name another with --checkpoint", code=1)
-    path, checkpoint = found or fail(f"no checkpoint at {cfg.checkpoint or 'out'}; train one with "
-                                     "`python train.py config/tiny.py`, or name it with --checkpoint")
+    path, checkpoint = open_checkpoint(cfg)
+    answers = checkpoint["data"].get("kind") == "instructions" and cfg.mode == "generate"
     try:
         device = choose_device(cfg.device)
     except ValueError as error:
@@ -233,7 +261,9 @@ def main(cfg):
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
     model, encoding = load_model(checkpoint, device, getattr(torch, dtype)), get_tokenizer(checkpoint["data"]["tokenizer"])
     prompts = read_prompts(cfg.prompt)
-    canvases = [make_canvas(cfg, model.cfg, prompt, encoding.encode_ordinary) for prompt in prompts]
+    if answers and cfg.streams > 1:
+        fail(f"streams={cfg.streams}, but this network answers, in one stream, until the answer ends; use --streams=1")
+    canvases = [make_canvas(cfg, model.cfg, prompt, encoding, answers) for prompt in prompts]
     try:
         plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
     except ValueError as error:
@@ -253,21 +283,22 @@ def main(cfg):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch, seen = progress(cfg, encoding, steps)
-            made = sample(model, cfg, canvas, numbers, watch)
-            tokens, calls = tokens + len(made) * int((~canvas[1]).sum()), calls + len(seen)
+            made, calls = sample(model, cfg, canvas, numbers, watch, encoding.eot_token if answers else None), calls + len(seen)
             given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
             for number, ids in zip(numbers, made.tolist(), strict=True):
-                write(cfg, prompt, number, encoding.decode(ids[given:]))
+                ids = until(ids[given:], encoding.eot_token) if answers else ids[given:]
+                tokens += len(ids) if given or cfg.mode == "generate" else int((~canvas[1]).sum())
+                write(cfg, prompt, number, encoding.decode(ids), answers)
     seconds = time.perf_counter() - started
     say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
 
 
-def write(cfg, prompt, number, text):
-    """One sample to stdout: as JSON, or as text with its prompt in front."""
+def write(cfg, prompt, number, text, answer=False):
+    """One sample to stdout: as JSON, or as text with its prompt in front, if it is not an answer."""
     if cfg.json:
-        print(json.dumps(dict(prompt=prompt, text=text, seed=cfg.seed, number=number), ensure_ascii=False), flush=True)
+        print(json.dumps(dict(prompt=prompt, text=text.strip() if answer else text, seed=cfg.seed, number=number), ensure_ascii=False), flush=True)
     else:
-        print((f"--- {number + 1} ---\n" if cfg.num_samples > 1 else "") + prompt + text, flush=True)
+        print((f"--- {number + 1} ---\n" if cfg.num_samples > 1 else "") + (text.strip() if answer else prompt + text), flush=True)
 
 
 if __name__ == "__main__":

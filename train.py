@@ -20,6 +20,7 @@ from configurator import ModelConfig, describe, fail, load
 class Config(ModelConfig):
     # data and output
     dataset: str = "fineweb,pydoc"       # folder, or name under data/; of several the first that is prepared
+    init_from: str = ""                  # begin with the averaged network of this checkpoint: file, or folder of a run; "": with a new one
     out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
     resume: bool = False                 # continue from the newest checkpoint in out_dir
     # the optimizer step
@@ -31,6 +32,8 @@ class Config(ModelConfig):
     weight_decay: float = 0.01           # on the matrices of trunk and head; 0 is off
     grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
     ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
+    lora_rank: int = 0                   # train adapters of this rank in the blocks, beside the weights of init_from; 0 trains all
+    lora_alpha: float = 16.0             # weight of the adapters, times their rank
     # what is noised
     p_given: float = 0.15                # share of sequences in which a prefix, spans or single tokens are given
     p_whole: float = 0.05                # share that is denoised as a whole
@@ -61,11 +64,13 @@ class Config(ModelConfig):
     def check(self):
         """Raise ValueError, in one line that says what to do, for settings that cannot work."""
         super().check()
+        if self.lora_rank and not self.init_from:
+            raise ValueError(f"lora_rank={self.lora_rank} adapts a trained network; name it with --init_from=CHECKPOINT")
         for names, low, high in (
-                ("batch_size batch_tokens max_steps streams log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
+                ("lora_rank", 0, self.n_embd), ("batch_size batch_tokens max_steps streams log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
                 ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
                 ("p_given p_whole p_spans span_warmup self_conditioning conditioning_dropout ema_decay", 0, 1),
-                ("learning_rate", 1e-12, 1e3)):
+                ("learning_rate lora_alpha", 1e-12, 1e3)):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
                     raise ValueError(f"{name}={getattr(self, name)} is out of range; choose {low:g} to {high:g}")
@@ -144,14 +149,17 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import (KERNEL, SCORES, Peak, SunFish, choose_device, find_checkpoint, flops_per_token, has_bf16, in_chunks, keep_memory,
-                   loss_in_chunks, peak_flops, peak_gb, write_checkpoint)
-from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_meta, read_shard
-from sample import Config as SampleConfig, sample
+from model import (KERNEL, LATER, SCORES, Peak, SunFish, add_lora, choose_device, find_checkpoint, fingerprint, flops_per_token, has_bf16,
+                   in_chunks, keep_memory, loss_in_chunks, model_config, peak_flops, peak_gb, write_checkpoint)
+from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_examples, read_meta, read_shard
+from sample import Config as SampleConfig, sample, until
 
 LIBRARIES = 95e6            # bytes that torch's CPU kernels, optimizer and the thread for batches add to a process in its first step
 DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
+
+
+RESIZED = ("block_size", "prompt_size", "span_size")       # settings of a network that may change when it is trained on
 
 
 # ---- data: every batch is a function of (seed, step, index of the sample) ----
@@ -168,8 +176,16 @@ def permute(i, n, key):
             return i
 
 
+class Item(NamedTuple):
+    idx: torch.Tensor              # (T,) int64 tokens
+    before: torch.Tensor           # (at most P,) int64 those that stand before them
+    begun: int                     # the first so many are an instruction: given
+    end: int                       # what stands from here on is padding
+
+
 class Windows:
     """Windows of block_size tokens over the shards of one split, each with the tokens that stand before it."""
+    what = "windows"
 
     def __init__(self, folder, split, cfg, vocab_size):
         self.paths = find_shards(folder, split)
@@ -190,18 +206,27 @@ class Windows:
         except ValueError as error:
             fail(error)
 
-    def read(self, i):
-        """Window i as (ids (block_size,), the ids before it (at most prompt_size,)), both int64; ValueError if it is damaged."""
+    def find(self, i):
+        """(shard, place in it) of number i."""
         k = int(np.searchsorted(self.ends, i, side="right"))
-        start = (i - (int(self.ends[k - 1]) if k else 0)) * self.cfg.block_size
+        return k, i - (int(self.ends[k - 1]) if k else 0)
+
+    def read(self, i):
+        """Window i as an Item; ValueError if it is damaged."""
+        k, place = self.find(i)
+        start = place * self.cfg.block_size
         before = max(0, start - self.cfg.prompt_size)
-        ids = self.shards[k][before:start + self.cfg.block_size].astype(np.int64)
+        ids = self.tokens(k, before, start + self.cfg.block_size)
+        return Item(ids[start - before:], ids[:start - before], 0, self.cfg.block_size)
+
+    def tokens(self, k, start, stop):
+        """Tokens of shard k as int64; ValueError if one is out of the vocabulary."""
+        ids = self.shards[k][start:stop].astype(np.int64)
         if ids.max() >= self.vocab_size:
             at = int((ids >= self.vocab_size).argmax())
-            raise ValueError(f"{self.paths[k]}: id {ids[at]} at token {before + at} is not below the vocabulary of "
+            raise ValueError(f"{self.paths[k]}: id {ids[at]} at token {start + at} is not below the vocabulary of "
                              f"{self.vocab_size}; these shards were made with another tokenizer, prepare them again")
-        ids = torch.from_numpy(ids)
-        return ids[start - before:], ids[:start - before]
+        return torch.from_numpy(ids)
 
     def unigram(self, tokens=20_000_000):
         """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
@@ -211,13 +236,54 @@ class Windows:
         return torch.from_numpy(np.log(count / count.sum())).float()
 
 
+class Examples(Windows):
+    """Instructions with their responses: a window begins with the instruction, up to half of it, as sample.py does with a prompt;
+    what does not fit stands before it. One that fits in neither place is left out, and a response that is too long is cut."""
+    what = "examples"
+
+    def __init__(self, folder, split, cfg, vocab_size):
+        self.paths = find_shards(folder, split)
+        self.shards, lengths = zip(*map(read_examples, self.paths), strict=True)
+        self.cfg, self.vocab_size = cfg, vocab_size
+        fits = [rows[:, 0] <= cfg.block_size // 2 + cfg.prompt_size for rows in lengths]
+        self.rows = [np.column_stack((rows.sum(1).cumsum() - rows.sum(1), rows))[fit] for rows, fit in zip(lengths, fits, strict=True)]
+        self.ends = np.cumsum([len(rows) for rows in self.rows])
+        rows = np.concatenate(self.rows)
+        cut = np.minimum(rows[:, 1], cfg.block_size // 2) + rows[:, 2] > cfg.block_size
+        print(f"{split}: {len(rows):,} examples, {sum(map(len, lengths)) - len(rows):,} left out, whose instruction is longer than "
+              f"{cfg.block_size // 2 + cfg.prompt_size} tokens, {cut.sum():,} responses cut")
+        if self.ends[-1] == 0:
+            raise ValueError(f"{folder}: no {split} example has an instruction of up to {cfg.block_size // 2 + cfg.prompt_size} "
+                             "tokens; raise block_size or prompt_size")
+
+    def texts(self, i):
+        """Instruction and response of example i, each (n,) int64."""
+        k, place = self.find(i)
+        start, n, m = self.rows[k][place].tolist()
+        return self.tokens(k, start, start + n + m).split((n, m))
+
+    def read(self, i):
+        return place_example(self.cfg, *self.texts(i))
+
+
+def place_example(cfg, instruction, response):
+    """The Item of an instruction (n,) and a response (m,)."""
+    n = min(len(instruction), cfg.block_size // 2)
+    before, begun = instruction[-cfg.prompt_size - n:].split((max(0, min(len(instruction) - n, cfg.prompt_size)), n))
+    idx = torch.cat((begun, response))[:cfg.block_size]
+    return Item(F.pad(idx, (0, cfg.block_size - len(idx))), before, n, len(idx))
+
+
 def open_data(cfg):
-    """What a checkpoint keeps of the dataset, and its training and validation windows."""
+    """What a checkpoint keeps of the dataset, and its training and validation windows, or examples."""
     try:
         folder = find_dataset(cfg.dataset)
-        meta = read_meta(folder)
-        splits = (Windows(folder, split, cfg, meta["vocab_size"]) for split in ("train", "val"))
-        return {key: meta[key] for key in ("label", "fingerprint", "tokenizer", "vocab_size")}, *splits
+        meta = {"kind": "text", **read_meta(folder)}
+        if meta["kind"] == "instructions" and not cfg.in_turns:
+            fail("span_size=0 and p_given=0 is a network that reads nothing that is given, such as instructions; use --p_given=0.1")
+        kind = Windows if meta["kind"] == "text" else Examples
+        splits = (kind(folder, split, cfg, meta["vocab_size"]) for split in ("train", "val"))
+        return {key: meta[key] for key in ("label", "kind", "fingerprint", "tokenizer", "vocab_size")}, *splits
     except ValueError as error:
         fail(error)
 
@@ -229,6 +295,7 @@ class Batch(NamedTuple):
     eps: torch.Tensor              # (B, T, C) noise
     prompt: torch.Tensor           # (B, P) int64 tokens before the window, at the right end
     prompt_mask: torch.Tensor      # (B, P) True where the network may see them
+    counts: torch.Tensor           # (B, T) True where there is a loss: not for an instruction, nor for padding
     guesses: int                   # the first so many sequences get a first guess of x_0 (self-conditioning)
 
 
@@ -248,15 +315,15 @@ def choose_given(T, rng):
     return given
 
 
-def choose_turns(cfg, step, rng):
-    """The turn in which each token of a sample is written: (T,) int64. All at once; in spans from left to right, of 2, 4 ...
-    span_size tokens; or, most of all, in 1, 2, 4 ... streams. Where tokens are given, they come first, and spans or streams
-    fill the rest. In the first steps (span_warmup) there are streams only."""
+def choose_turns(cfg, step, free, rng):
+    """The turn in which each token of a sample is written where free (T,): (T,) int64. All at once; in spans from left to right,
+    of 2, 4 ... span_size tokens; or, most of all, in 1, 2, 4 ... streams. Where tokens are given, they come first, and spans or
+    streams fill the rest. In the first steps (span_warmup) there are streams only."""
     def draw(least, most):
         sizes = [*(2 ** k for k in range(most.bit_length()) if least <= 2 ** k < most), most]
         return sizes[int(torch.randint(len(sizes), (), generator=rng))]
     T, (kind, span) = cfg.block_size, torch.rand(2, generator=rng).tolist()
-    free = ~choose_given(T, rng) if kind < cfg.p_given else torch.ones(T, dtype=torch.bool)
+    free = free & ~choose_given(T, rng) if kind < cfg.p_given else free
     warm_up = step < cfg.span_warmup * cfg.max_steps
     if not cfg.span_size or cfg.p_given <= kind < cfg.p_given + cfg.p_whole and not warm_up:
         group = diffusion.spans(T, T)
@@ -289,14 +356,23 @@ def make_sample(cfg, windows, step, i, device):
     """Sample i of an optimizer step: the tensors of a Batch, without the leading B."""
     T, P = cfg.block_size, cfg.prompt_size
     epoch, place = divmod(step * cfg.samples + i, len(windows))
-    idx, before = windows.read(permute(place, len(windows), mix(cfg.seed, epoch)))
-    rng = generator("cpu", cfg.seed, step, i)
-    group = choose_turns(cfg, step, rng)
+    idx, before, begun, end = windows.read(permute(place, len(windows), mix(cfg.seed, epoch)))
+    rng, places = generator("cpu", cfg.seed, step, i), torch.arange(T)
+    counts = (places >= begun) & (places < end)
+    group = torch.where(places < end, choose_turns(cfg, step, counts, rng), LATER)
     drop, share = torch.rand(2, generator=rng).tolist()
-    visible = 0 if drop < cfg.conditioning_dropout else min(len(before), 1 + int(share * P))
-    prompt = F.pad(before, (P - len(before), 0))
+    visible = min(len(before), 1 + int(share * P)) if not begun else len(before)
+    if drop < cfg.conditioning_dropout:
+        group, visible = torch.where(places < begun, LATER, group), 0
+    prompt, mask = prompt_of(cfg, before, visible)
     eps = torch.randn(T, cfg.token_dim, generator=generator(device, cfg.seed, step, i, "eps"), device=device)
-    return idx, group, noise_levels(cfg, step, i, group), eps, prompt, torch.arange(P) >= P - visible
+    return idx, group, noise_levels(cfg, step, i, group), eps, prompt, mask, counts
+
+
+def prompt_of(cfg, before, visible):
+    """The tokens before a window, padded to (prompt_size,), and a mask of the last `visible` of them."""
+    P = cfg.prompt_size
+    return F.pad(before, (P - len(before), 0)), torch.arange(P) >= P - visible
 
 
 def make_batch(cfg, windows, step, samples, device):
@@ -338,23 +414,24 @@ class DenoisingLoss(nn.Module):
         hidden = net.hidden(mean, log_snr, x_prev, batch.prompt, batch.prompt_mask, past, table)
         features = net.features(hidden, x_t, log_snr)
         if cfg.objective == "eps":
-            loss = diffusion.eps_loss(net.answer(features, *readout), batch.eps).sum()
+            loss = (diffusion.eps_loss(net.answer(features, *readout), batch.eps) * batch.counts).sum()
             return loss, torch.zeros_like(loss)
-        tokens = (x.flatten(0, 1) for x in (features, batch.idx, batch.t))
+        tokens = (x.flatten(0, 1) for x in (features, batch.idx, batch.t, batch.counts))
         loss, losses = loss_in_chunks(self.losses, len(table), (*readout, table, alpha_bar), *tokens)
         if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
         ce = losses[:, 1].view_as(batch.t)
         fit = diffusion.schedule_loss(ce, log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
-        return loss, (fit * (batch.t < cfg.timesteps)).sum()            # of tokens that run through the levels
+        return loss, (fit * (batch.t < cfg.timesteps) * batch.counts).sum()             # of tokens that run through the levels
 
-    def losses(self, weight, bias, table, alpha_bar, features, idx, t):
-        """The loss and the cross-entropy of tokens idx (M,) in nats: (M, 2)."""
+    def losses(self, weight, bias, table, alpha_bar, features, idx, t, counts):
+        """The loss and the cross-entropy of tokens idx (M,) in nats, 0 for those that do not count: (M, 2)."""
         logits = self.net.answer(features, weight, bias)
         with torch.autocast(idx.device.type, enabled=False):
             ce = diffusion.ce_loss(logits, idx)
-            return torch.stack((ce if self.cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar), ce), -1)
+            loss = ce if self.cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar)
+            return torch.stack((loss, ce), -1) * counts[:, None]
 
     @torch.no_grad()
     def first_guess(self, x_t, mean, log_snr, batch, past, table, readout):
@@ -387,13 +464,14 @@ def compile_parts(loss_fn, backend="inductor"):
 
 
 def make_optimizer(model, cfg):
-    """AdamW in three groups, to be set by set_learning_rate: matrices, the rest, the schedule's scalars."""
+    """AdamW in up to three groups, to be set by set_learning_rate: matrices, or adapters, the rest, the schedule's scalars."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrix = {n for n, p in named.items() if n.endswith(".weight") and p.ndim == 2}
+    matrix = {n for n, p in named.items() if (n.endswith(".weight") or ".lora_" in n) and p.ndim == 2}
     groups = [dict(params=[p for n, p in named.items() if n in matrix]),
               dict(params=[p for n, p in named.items() if n not in matrix and n != "schedule"]),
               dict(params=[p for n, p in named.items() if n == "schedule"])]
     assert sum(len(g["params"]) for g in groups) == len(named), f"groups do not cover all of {list(named)}"
+    groups = [group for group in groups if group["params"]]             # of frozen networks only the first
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
@@ -402,16 +480,17 @@ def set_learning_rate(optimizer, cfg, step):
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
     factor = (step + 1) / cfg.warmup_steps if step < cfg.warmup_steps else 0.5 * (1 + math.cos(math.pi * done))
     settings = (cfg.learning_rate, cfg.weight_decay), (cfg.learning_rate, 0.0), (SCHEDULE_RATE, 0.0)
-    for group, (peak, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
+    for group, (peak, weight_decay) in zip(optimizer.param_groups, settings, strict=False):
         group.update(lr=peak * factor, weight_decay=weight_decay)
     return cfg.learning_rate * factor
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- decay * ema + (1 - decay) * model, with a shorter memory in the first steps."""
+    """ema <- decay * ema + (1 - decay) * model, where this is trained, with a shorter memory in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    trained = [pair for pair in zip(ema.parameters(), model.parameters(), strict=True) if pair[1].requires_grad]
+    torch._foreach_lerp_(*map(list, zip(*trained, strict=True)), 1 - decay)
 
 
 # ---- evaluation ----
@@ -421,9 +500,23 @@ def eval_windows(windows, n):
     return torch.stack([windows[i * len(windows) // n][0] for i in range(n)])
 
 
+def eval_examples(windows, n):
+    """n examples spread evenly over the split: (n, T), and as `measure` takes them what is given and what counts."""
+    return stack_examples(windows.cfg, [windows[i * len(windows) // n] for i in range(n)])
+
+
+def stack_examples(cfg, items):
+    """Items as (n, T) tokens and the rest that `measure` takes: prompt, prompt_mask, counts."""
+    places = torch.arange(cfg.block_size)
+    prompts, masks = zip(*(prompt_of(cfg, item.before, len(item.before)) for item in items), strict=True)
+    counts = [(places >= item.begun) & (places < item.end) for item in items]
+    return torch.stack([item.idx for item in items]), dict(prompt=torch.stack(prompts), prompt_mask=torch.stack(masks), counts=torch.stack(counts))
+
+
 @torch.no_grad()
-def measure(model, idx, batch_size, span=None, steps=0, streams=1, bands=8, curve=32):
-    """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict.
+def measure(model, idx, batch_size, span=None, steps=0, streams=1, bands=8, curve=32, prompt=None, prompt_mask=None, counts=None):
+    """The bound of a network on sequences idx (N, T), and its cross-entropy by noise on `curve` of them, as a dict: of all tokens,
+    or of those that counts (N, T), given those before them, and a prompt (N, P) that is visible where prompt_mask (N, P).
 
     `span` tokens are written together (0: all, None: one if the network was trained so), single ones in so many `streams`, and
     each turn in so many steps (0: single tokens in one, as sample.py does, without a second pass; more tokens in all timesteps).
@@ -431,25 +524,45 @@ def measure(model, idx, batch_size, span=None, steps=0, streams=1, bands=8, curv
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     span = min(1, model.cfg.span_size) if span is None else span
     steps = steps or (1 if span == 1 and model.cfg.objective == "ce" else len(alpha_bar) - 1)
-    T = idx.size(1)
-    group = (diffusion.streams(torch.ones(T, dtype=torch.bool), streams) if span == 1 else diffusion.spans(T, span)).to(idx.device)
-    batch_size = max(1, min(batch_size, SCORES // (T * len(table))))
+    counts = torch.ones_like(idx, dtype=torch.bool) if counts is None else counts
+    turns = [diffusion.streams(row, streams) if span == 1 else diffusion.spans(len(row), span) for row in counts.cpu()]
+    group = torch.where(counts, torch.stack(turns).to(idx.device), torch.where(counts.cumsum(1) == 0, -1, LATER))
+    batch_size = max(1, min(batch_size, SCORES // (idx.size(1) * len(table))))
     read, free = diffusion.make_read(model.cfg, table, model.vocab_size), partial(model.likelihood, E=table)
 
-    def predict_for(part):
-        turns = group.expand(part.shape)
-        past = model.look_back(model.remember(part, turns, E=table), turns) if group.any() else None
-        network = partial(model, past=past, E=table)
+    def predict_for(rows):
+        turns, given = group[rows], {} if prompt is None else dict(prompt=prompt[rows], prompt_mask=prompt_mask[rows])
+        past = model.look_back(model.remember(idx[rows], turns, **given, E=table), turns) if (group != group[0, 0]).any() else None
+        network = partial(model, **given, past=past, E=table)
         return diffusion.two_pass(network, read) if steps != 1 else lambda x_t, level: read(
             network(x_t, level, torch.zeros_like(x_t)), x_t, level)
-    some = idx[::-(-len(idx) // curve)]
-    return {**diffusion.estimate_bound(predict_for, table, idx, group, diffusion.coarser(alpha_bar, steps), batch_size),
-            "ce_by_noise": diffusion.ce_by_noise(predict_for, free, table, some, alpha_bar, batch_size, bands)}
+    some = torch.arange(0, len(idx), -(-len(idx) // curve))
+    return {**diffusion.estimate_bound(predict_for, table, idx, counts, group, diffusion.coarser(alpha_bar, steps), batch_size),
+            "ce_by_noise": diffusion.ce_by_noise(predict_for, free, table, idx, counts, alpha_bar, batch_size, some, bands)}
 
 
-def show_text(model, cfg, encoding, window):
+def show_answers(model, cfg, encoding, windows, n=3):
+    """Responses to instructions of the validation examples: (name, text)s."""
+    texts = []
+    for i in range(n):
+        k = (2 * i + 1) * len(windows) // (2 * n)
+        (instruction, response), item = windows.texts(k), windows[k]
+        canvas = item.idx, torch.arange(cfg.block_size) < item.begun, item.before
+        made, = sample(model, SampleConfig(guidance_scale=cfg.guidance_scale), canvas, [i], end=encoding.eot_token)
+        answer = until(made[item.begun:].tolist(), encoding.eot_token)
+        asked, answer, truth = (decode(encoding, ids) for ids in (instruction[1:].tolist(), answer, response[:-1].tolist()))
+        texts.append(("answer", f"{asked} {answer} (truth: {truth})"))
+    return texts
+
+
+def decode(encoding, ids):
+    """Token ids as one line of text."""
+    return " ".join(encoding.decode(list(ids)).split())
+
+
+def show_text(model, cfg, encoding, windows):
     """A free sample, one prompted by the tokens before a validation window, and that window with a hole: (name, text)s."""
-    idx, before = window
+    idx, before, *_ = windows[len(windows) // 2]
     T = min(cfg.block_size, 64)
     hole = torch.arange(T) - T // 2
     hole = (hole >= 0) & (hole < T // 8)
@@ -458,21 +571,21 @@ def show_text(model, cfg, encoding, window):
     canvases = (write, (idx, nothing, before[:0])), (write, (idx, nothing, prompt)), (infill, (idx, ~hole, before[:0]))
     free, prompted, filled = (sample(model, settings, canvas, [i])[0].cpu() for i, (settings, canvas) in enumerate(canvases))
 
-    def decode(ids):
-        return " ".join(encoding.decode(ids.tolist()).split())
-    return [("sample", decode(free)), ("prompt", f"{decode(prompt)} >>> {decode(prompted)}"),
-            ("infill", f"{decode(idx[:T // 2])} [{decode(filled[hole])}] {decode(idx[T // 2 + T // 8:T])}"
-                       f" (truth: [{decode(idx[hole])}])")]
+    def show(ids):
+        return decode(encoding, ids.tolist())
+    return [("sample", show(free)), ("prompt", f"{show(prompt)} >>> {show(prompted)}"),
+            ("infill", f"{show(idx[:T // 2])} [{show(filled[hole])}] {show(idx[T // 2 + T // 8:T])} (truth: [{show(idx[hole])}])")]
 
 
 def evaluate(model, cfg, windows, encoding):
     """Print bound, cross-entropy by noise and text; return the numbers as a row for the log."""
-    idx = eval_windows(windows, cfg.eval_sequences).to(model.table.device)
-    row = measure(model, idx, cfg.batch_size)
+    device, examples = model.table.device, windows.what == "examples"
+    idx, rest = eval_examples(windows, cfg.eval_sequences) if examples else (eval_windows(windows, cfg.eval_sequences), {})
+    row = measure(model, idx.to(device), cfg.batch_size, **{name: x.to(device) for name, x in rest.items()})
     print("  bound {bound:.3f} +- {bound_error:.3f} nats a token (reconstruction {reconstruction:.3f}, diffusion "
           "{diffusion:.3f}, prior {prior:.3f})".format(**row))
     print("  t: network / context-free, nats: " + "  ".join(f"{t}: {a:.2f}/{b:.2f}" for t, a, b in row["ce_by_noise"]))
-    row["text"] = show_text(model, cfg, encoding, windows[len(windows) // 2])
+    row["text"] = (show_answers if examples else show_text)(model, cfg, encoding, windows)
     for name, text in row["text"]:
         print(f"  {name}: {text}")
     return row
@@ -481,11 +594,14 @@ def evaluate(model, cfg, windows, encoding):
 # ---- checkpoints ----
 
 def gather_state(model, ema, optimizer):
-    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others."""
+    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others. With adapters
+    only theirs."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(model=dcp.get_model_state_dict(model, options=options),
-                ema=dcp.get_model_state_dict(ema, options=options),
-                optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
+    state = {name: dcp.get_model_state_dict(net, options=options) for name, net in (("model", model), ("ema", ema))}
+    for name, weights in state.items():
+        adapters = {key: x for key, x in weights.items() if ".lora_" in key}
+        state[name] = adapters or weights
+    return dict(state, optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
 
 
 def restore_state(state, model, ema, optimizer=None):
@@ -510,10 +626,44 @@ def save_checkpoint(cfg, **content):
             old.unlink()
 
 
+def begin_with(cfg):
+    """cfg with the network of init_from, if there is one, and on the first process that checkpoint's content, elsewhere None."""
+    if not cfg.init_from:
+        return cfg, None
+    found = None
+    if rank() == 0:
+        try:
+            found = find_checkpoint(cfg.init_from)
+        except ValueError as error:
+            fail(f"init_from: {error}")
+        path, found = found or fail(f"no checkpoint at init_from={cfg.init_from}; name the file, or the folder of a run")
+        if "base" in found:
+            fail(f"init_from={path} is an adapter; name the network that it was trained on")
+    theirs, default = share(found and dataclasses.asdict(model_config(found))), dataclasses.asdict(ModelConfig())
+    mine = {name: getattr(cfg, name) for name in default if getattr(cfg, name) != default[name]}       # those that were set
+    wrong = [f"{name}={mine[name]} is {theirs[name]}" for name in mine if name not in RESIZED and mine[name] != theirs[name]]
+    if wrong:
+        fail(f"{', '.join(wrong)} in init_from={cfg.init_from}; leave it out")
+    cfg = dataclasses.replace(cfg, **{**theirs, **mine})
+    try:
+        cfg.check()
+    except ValueError as error:
+        fail(error)
+    return cfg, found
+
+
+def check_tokenizer(cfg, data, base):
+    """Refuse data with another tokenizer than that of the network that is to be trained on."""
+    if base and data["tokenizer"] != base["data"]["tokenizer"]:
+        fail(f"dataset={cfg.dataset} has the tokenizer {data['tokenizer']['name']} of {data['vocab_size']:,} ids, and init_from={cfg.init_from} "
+             f"{base['data']['tokenizer']['name']} of {base['data']['vocab_size']:,}; prepare the text with its tokenizer: "
+             f"--tokenizer=FOLDER, where FOLDER has the shards that it was trained on")
+
+
 def check_resumable(cfg, data, checkpoint):
     """Refuse another network or other data than the checkpoint's; print what else differs."""
     before = checkpoint["config"]
-    fixed = {f.name for f in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens"}     # network and data order
+    fixed = {f.name for f in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}     # and data order
     before = {f.name: before.get(f.name, "no setting") for f in dataclasses.fields(cfg)}
     changed = [name for name in before if name != "resume" and before[name] != getattr(cfg, name)]
     wrong = [f"{name}={getattr(cfg, name)} is {before[name]}" for name in changed if name in fixed]
@@ -565,12 +715,13 @@ def estimate_memory(cfg, vocab_size, device, dtype):
     B, T, P = cfg.sequences, cfg.block_size, cfg.prompt_size
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode(), torch.device(device), Peak(device) as peak:
-        net, ema = SunFish(cfg, vocab_size), SunFish(cfg, vocab_size)
+        net, ema = new_network(cfg, vocab_size), new_network(cfg, vocab_size)
+        share_frozen(ema, net)
         model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
         shapes = *[((B, T), torch.int64)] * 3, ((B, T, cfg.token_dim), None), ((B, P), torch.int64), ((B, P), torch.bool)
         accumulates = cfg.samples > cfg.sequences * world_size()
         for last in (True, False, True) if accumulates else (True, True):
-            batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), B // 2)
+            batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), torch.ones(B, T, dtype=torch.bool), B // 2)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, fit = model(batch)
             (loss + fit).backward()
@@ -586,6 +737,7 @@ def dry_run(cfg):
     """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
     keep_memory()
     device, dtype, _ = choose_machine(cfg)
+    cfg, _ = begin_with(cfg)
     folders = (Path(root, name) for name in cfg.dataset.split(",") for root in ("data", ""))
     vocab_size, label = 50_257, "GPT-2's"
     if any(any(folder.glob("*train*.bin")) for folder in folders):
@@ -595,7 +747,7 @@ def dry_run(cfg):
         windows.unigram()                                       # as main does, so that the process counts with what it holds
     process = peak_gb(device) * 1e9 if device.type == "cpu" else 0
     with torch.device("meta"):
-        net = SunFish(cfg, vocab_size)
+        net = new_network(cfg, vocab_size)
     n, table, head = sum(p.numel() for p in net.parameters()), net.table.numel(), sum(p.numel() for p in net.head.parameters())
     state, most = estimate_memory(cfg, vocab_size, device, dtype)
     sharded = (state + 4 * n) / 8 + most - state - 4 * n
@@ -658,9 +810,17 @@ def whole_network(net, cfg, vocab_size, device):
     state = dcp.get_model_state_dict(net, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank():
         return None
-    copied = SunFish(cfg, vocab_size)
+    copied = new_network(cfg, vocab_size)
     copied.load_state_dict(state)
     return copied.to(device)
+
+
+def share_frozen(ema, net):
+    """Let the average have the network's own tensors where these are not trained."""
+    for mine, theirs in zip(ema.modules(), net.modules(), strict=True):
+        for name, p in theirs.named_parameters(recurse=False):
+            if not p.requires_grad:
+                mine.register_parameter(name, p)
 
 
 def distribute(cfg, net, ema, device, dtype, compiled):
@@ -685,6 +845,8 @@ def distribute(cfg, net, ema, device, dtype, compiled):
         shard(loss_fn)
     net.to_empty(device=device)
     ema.to_empty(device=device)
+    if kind != "fsdp":
+        share_frozen(ema, net)
     return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if kind == "ddp" else loss_fn
 
 
@@ -783,9 +945,9 @@ def batches_ahead(cfg, windows, start, device):
 
 
 def train_step(model, cfg, batches, device, autocast):
-    """Gradients of one optimizer step over all processes, from the next of `batches`; returns the mean loss of a token and the
-    seconds that this process waited for data."""
-    total, waited, n = torch.zeros(1, device=device), 0.0, len(micro_batches(cfg, rank(), world_size()))
+    """Gradients of one optimizer step over all processes, from the next of `batches`; returns the mean loss of a token that counts
+    and the seconds that this process waited for data."""
+    total, waited, n = torch.zeros(2, dtype=torch.float64, device=device), 0.0, len(micro_batches(cfg, rank(), world_size()))
     for i in range(n):
         clock = time.perf_counter()
         batch = next(batches)
@@ -796,9 +958,11 @@ def train_step(model, cfg, batches, device, autocast):
                 loss, fit = model(batch)
             mean = (loss + fit) / cfg.batch_tokens
             (mean * world_size()).backward()                        # gradients are averaged over the processes
-        total += loss.detach()
-    loss, = reduce(total, device, dist.ReduceOp.SUM)
-    return loss / cfg.batch_tokens, waited
+        total += torch.stack((loss.detach(), batch.counts.sum()))
+    loss, tokens = reduce(total, device, dist.ReduceOp.SUM)
+    if tokens != cfg.batch_tokens:                                      # known only now; divided by all tokens so far
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], cfg.batch_tokens / tokens)
+    return loss / tokens, waited
 
 
 def watch_spikes(seen, loss):
@@ -832,18 +996,31 @@ def catch_signals():
     return caught
 
 
-def build(cfg, windows, checkpoint, start, device, dtype, compiled):
-    """raw_model, ema, model and optimizer: from the checkpoint of the first process, or drawn by it at step 0."""
+def new_network(cfg, vocab_size, log_unigram=None):
+    net = SunFish(cfg, vocab_size, log_unigram)
+    if cfg.lora_rank:
+        add_lora(net, cfg.lora_rank, cfg.lora_alpha)
+    return net
+
+
+def first_weights(cfg, windows, base):
+    """The state of a new network, with the weights of `base`, if there is one."""
+    torch.manual_seed(mix(cfg.seed, "weights"))         # hashed, or noise drawn with a plain seed would repeat them
+    weights = new_network(cfg, windows.vocab_size, None if base else windows.unigram()).state_dict()
+    return {**weights, **base["ema"]} if base else weights
+
+
+def build(cfg, windows, checkpoint, base, device, dtype, compiled):
+    """raw_model, ema, model and optimizer: from the checkpoint of the first process, or made by it."""
     with torch.device("meta"):
-        raw_model, ema = (SunFish(cfg, windows.vocab_size) for _ in range(2))
+        raw_model, ema = (new_network(cfg, windows.vocab_size) for _ in range(2))
     ema.requires_grad_(False)
     model = distribute(cfg, raw_model, ema, device, dtype, compiled)
-    optimizer = make_optimizer(raw_model, cfg)
-    if rank() == 0 and not checkpoint:
-        torch.manual_seed(mix(cfg.seed, "weights"))     # hashed, or noise drawn with a plain seed would repeat them
-        weights = SunFish(cfg, windows.vocab_size, windows.unigram()).state_dict()
-        checkpoint = dict(model=weights, ema=weights)
-    restore_state(checkpoint or {}, raw_model, ema, optimizer if start else None)
+    optimizer, resumed, state = make_optimizer(raw_model, cfg), share(bool(checkpoint)), dict(checkpoint or {})
+    if rank() == 0 and (cfg.lora_rank or not checkpoint):
+        weights = first_weights(cfg, windows, base)
+        state.update({name: {**weights, **state.get(name, {})} for name in ("model", "ema")})
+    restore_state(state, raw_model, ema, optimizer if resumed else None)
     return raw_model, ema, model, optimizer
 
 
@@ -855,6 +1032,7 @@ def main(cfg):
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
     join_processes(device)
+    cfg, base = begin_with(cfg)
     turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
     for now in range(3):            # the first process, the first of each machine, the rest: there may be data to prepare
         if now == turn:
@@ -862,26 +1040,31 @@ def main(cfg):
         wait()
     if share(data["fingerprint"]) != data["fingerprint"]:
         fail(f"the data of process {rank()}, {data['label']}, is not that of process 0; prepare the same on every machine")
+    check_tokenizer(cfg, data, base)
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
 
     log = checkpoint = None
     if rank() == 0:
         log_in(cfg)
         file, checkpoint = open_out_dir(cfg, data)
+        named = {"base": fingerprint(base["ema"])} if cfg.lora_rank else {}
+        if checkpoint and checkpoint.get("base") != named.get("base"):
+            fail(f"the adapter in {cfg.out_dir} was trained on the network {checkpoint['base']}, and init_from={cfg.init_from} is {named['base']}")
         log = Log(cfg, file, checkpoint["step"] if checkpoint else 0, checkpoint and checkpoint["wandb_id"])
     start, spikes = share((checkpoint["step"], checkpoint["spikes"]) if checkpoint else (0, (0, 0.0, 0.0, 0)))
 
-    raw_model, ema, model, optimizer = build(cfg, train_windows, checkpoint, start, device, dtype, compiled)
-    del checkpoint
+    raw_model, ema, model, optimizer = build(cfg, train_windows, checkpoint, base, device, dtype, compiled)
+    del checkpoint, base
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")
-    print(f"data: {data['label']}: {len(train_windows):,} windows of {cfg.block_size} tokens, "
+    print(f"data: {data['label']}: {len(train_windows):,} {train_windows.what} of {cfg.block_size} tokens, "
           f"tokenizer {data['tokenizer']['name']}, {vocab_size:,} ids")
-    print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; a step is "
+    trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+    print(f"model: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters, {trained / 1e6:.2f}M of them trained; a step is "
           f"{describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
-    clipped = [p for p in raw_model.parameters() if p is not raw_model.schedule]
-    peak, flops = peak_flops(device), flops_per_token(raw_model, cfg.in_turns)
+    clipped = [p for p in raw_model.parameters() if p.requires_grad and p is not raw_model.schedule]
+    peak, flops = None if cfg.lora_rank else peak_flops(device), flops_per_token(raw_model, cfg.in_turns)
     stopped, leaving, saved, span = catch_signals(), 0, start, np.zeros(3)     # of the log: steps, seconds, waiting for data
     batches = batches_ahead(cfg, train_windows, start, device)
     for step in range(start, cfg.max_steps):
@@ -917,7 +1100,7 @@ def main(cfg):
         if done % cfg.save_interval == 0 or last:
             state = gather_state(raw_model, ema, optimizer)
             if log:
-                save_checkpoint(cfg, step=done, data=data, wandb_id=log.wandb_id, spikes=spikes, **state)
+                save_checkpoint(cfg, step=done, data=data, wandb_id=log.wandb_id, spikes=spikes, **named, **state)
             saved = done
         if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
             network = whole_network(ema, cfg, vocab_size, device)

@@ -113,7 +113,7 @@ class Random:
         """None, which is uniform."""
 
     def read(self, i):
-        return self.ids[i, self.cfg.prompt_size:], self.ids[i, :self.cfg.prompt_size]
+        return train.Item(self.ids[i, self.cfg.prompt_size:], self.ids[i, :self.cfg.prompt_size], 0, self.cfg.block_size)
 
 
 # ---- what is measured: each takes the settings, the shape, the machine and its rate, and returns rows ----
@@ -153,7 +153,7 @@ def line(what, took, floor=None, **more):
 def make_step(shape, vocab_size, device, dtype, compiled):
     """A function that makes one optimizer step as train.py does."""
     windows, guessed = Random(shape, vocab_size), []
-    net, ema, model, optimizer = train.build(shape, windows, None, 0, device, dtype, compiled)
+    net, ema, model, optimizer = train.build(shape, windows, None, None, device, dtype, compiled)
 
     def counted(batches):
         for batch in batches:

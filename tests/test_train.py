@@ -46,9 +46,9 @@ def test_an_epoch_holds_every_window_once_and_nothing_twice(windows):
 
 def test_windows_and_prompts_are_the_text_in_order(windows):
     shard = windows.shards[0]
-    idx, before = windows[3]
+    idx, before, begun, end = windows[3]
     assert idx.tolist() == shard[48:64].tolist() and before.tolist() == shard[40:48].tolist()
-    assert len(windows[0][1]) == 0
+    assert len(windows[0].before) == 0 and (begun, end) == (0, 16)
 
 
 def test_a_batch_does_not_depend_on_how_it_is_cut(windows):
@@ -111,12 +111,12 @@ def test_turns_have_the_shares_that_were_asked_for(windows):
     want = {tuple(diffusion.spans(16, size).tolist()): size for size in (1, 2, 4)}
     want[(*range(8), *range(8))] = "2 streams"
     for i in range(2000):
-        group = train.choose_turns(cfg, 8, diffusion.generator("cpu", i))
+        group = train.choose_turns(cfg, 8, torch.ones(16, dtype=torch.bool), diffusion.generator("cpu", i))
         assert group.min() >= 0 and (group[group > 0].diff() < 0).sum() <= 1         # once, where a second stream begins
         kinds.append("whole" if not group.any() else want.get(tuple(group.tolist()), "given"))
     for kind, share in (("whole", 0.3), ("given", 0.5), (1, 0.05), ("2 streams", 0.05), (2, 0.05), (4, 0.05)):
         assert abs(kinds.count(kind) / 2000 - share) < 0.03, (kind, kinds.count(kind))
-    early = [train.choose_turns(cfg, 7, diffusion.generator("cpu", i)) for i in range(100)]     # of 20 steps, 0.4 of which warm up
+    early = [train.choose_turns(cfg, 7, torch.ones(16, dtype=torch.bool), diffusion.generator("cpu", i)) for i in range(100)]     # of 20 steps, 0.4 of which warm up
     assert all(torch.bincount(group[group > 0]).max() <= 2 for group in early)
     assert sum(group.tolist() in ([*range(16)], [*range(8), *range(8)]) for group in early) > 25
     assert not config("--p_given=0", "--span_size=0").in_turns and config("--p_given=0").in_turns
@@ -148,7 +148,7 @@ def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     cfg = config("--n_layer=3", "--n_embd=64", "--token_dim=32", "--block_size=32", *args)
     net, group = SunFish(cfg, 300), torch.arange(32).expand(2, -1) // 4
     ids, prompt = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
-    batch = train.Batch(ids, group, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, 0)
+    batch = train.Batch(ids, group, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, ids == 0, 0)
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:           # attention as products that can be counted
         loss, fit = train.DenoisingLoss(net, cfg)(batch)
         (loss + fit).backward()
@@ -174,7 +174,7 @@ def one_sequence(cfg, T=12):
     idx = torch.randint(50, (1, T), generator=diffusion.generator("cpu", "sequence")).expand(8, T)
     group = diffusion.spans(T, cfg.span_size)
     t, hidden = diffusion.stratified(8, cfg.timesteps, group), torch.zeros(8, cfg.prompt_size, dtype=torch.bool)
-    return train.Batch(idx, group.expand(8, T), t, torch.randn(8, T, cfg.token_dim), hidden.long(), hidden, 4)
+    return train.Batch(idx, group.expand(8, T), t, torch.randn(8, T, cfg.token_dim), hidden.long(), hidden, torch.ones_like(idx, dtype=torch.bool), 4)
 
 
 def overfit(cfg, steps, fixed):

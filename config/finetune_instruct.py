@@ -1,0 +1,15 @@
+"""Answers to instructions, token by token until they end; begins with --init_from=CHECKPOINT, whose network it takes."""
+dataset = "instruct"
+out_dir = "out/instruct"
+batch_size = 16
+batch_tokens = 8192              # 16 examples in windows of 512, or 64 in windows of 128
+max_steps = 300
+learning_rate = 5e-4
+warmup_steps = 20
+ema_decay = 0.99
+p_given = 0.0                    # whole responses,
+p_whole = 0.0                    # from left to right, for their length is not known
+p_spans = 0.0
+streams = 1
+eval_interval = 100
+save_interval = 100
