@@ -13,6 +13,8 @@ A pre-norm transformer with full attention. Four things set it apart from a lang
 import ctypes
 import dataclasses
 import hashlib
+import importlib.util
+import logging
 import math
 import os
 import re
@@ -231,7 +233,8 @@ class SunFish(nn.Module):
 
     def __init__(self, cfg, vocab_size, log_unigram=None):
         super().__init__()
-        self.cfg, self.vocab_size = cfg, vocab_size
+        self.cfg, self.vocab_size, self.dtype = cfg, vocab_size, torch.float32       # of the products, without autocast
+        self.apart = False              # whether scores are two products, of the head and of the table, and not one of both
         C, d, V = cfg.token_dim, cfg.n_embd, -(-vocab_size // 64) * 64
         self.table = nn.Parameter(torch.randn(V, C))
         self.register_buffer("log_unigram", torch.full((V,), NEVER))
@@ -348,14 +351,16 @@ class SunFish(nn.Module):
         """Weight (V, K) and bias (V,) of the last product, to be made once for all calls; under autocast in its dtype."""
         if self.cfg.objective == "eps":
             return self.head.weight, self.head.bias
-        tied, kind = self.cfg.head == "tied", E.device.type
-        weight = E if tied else torch.cat((self.head.weight, E), 1)
+        alone, kind = self.cfg.head == "tied" or self.apart, E.device.type
+        weight = E if alone else torch.cat((self.head.weight, E), 1)
         weight = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
-        return weight, self.log_unigram if tied else self.head.bias + self.log_unigram
+        return weight, self.log_unigram if alone else self.head.bias + self.log_unigram
 
-    @staticmethod
-    def answer(features, weight, bias):
+    def answer(self, features, weight, bias):
         """What forward returns, of features (..., K): for tokens the likelihood of x_t, if there is one, plus what the head says."""
+        if self.apart:
+            own, signal = features[..., :self.cfg.n_embd], features[..., self.cfg.n_embd:]
+            return self.head(own).float() + F.linear(signal, weight[:, :signal.size(-1)], bias).float()
         return F.linear(features, weight[:, :features.size(-1)], bias).float()
 
     def trunk(self, mean, log_snr, x_prev, prompt, prompt_mask, E, past=None, sight=(None, None), clean=False):
@@ -407,6 +412,40 @@ def merge_lora(model):
         layer.weight += layer.scale * layer.lora_B @ layer.lora_A
         del layer.lora_A, layer.lora_B, layer.scale
         layer.__class__ = nn.Linear
+
+
+class Int8(nn.Module):
+    """A linear layer with its weight (out, in) as int8, and a scale for each row: the largest magnitude is 127 of it."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        weight, self.dtype = layer.weight.float(), dtype                        # of what it multiplies with
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale[:, 0].to(dtype))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
+
+    def forward(self, x):
+        x = F.linear(x, self.weight.to(self.dtype)) * self.scale
+        return x if self.bias is None else x + self.bias
+
+
+def quantize(model, dtype, by_torchao=True):
+    """Make the weights of a network's linear layers int8, in place, by torchao if it is installed; returns by what. Table, norms
+    and the products themselves stay in dtype."""
+    full = model.cfg.head == "full" and model.cfg.objective != "eps"
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and (full or m is not model.head)}
+    model.apart = full
+    if by_torchao and importlib.util.find_spec("torchao"):
+        logging.getLogger("torchao").setLevel(logging.ERROR)             # kernels for other hardware that it did not find
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        for layer in layers.values():
+            layer.to(dtype)
+        quantize_(model, Int8WeightOnlyConfig(), lambda m, name: name in layers)
+        return "torchao"
+    for name, layer in layers.items():
+        model.set_submodule(name, Int8(layer, dtype))
+    return "this file's Int8"
 
 
 def choose_device(name):
@@ -588,16 +627,20 @@ def merged(base, adapter):
     return {**adapter, "ema": model.state_dict()}
 
 
-def to_read(model, device, dtype):
-    """The network, ready to use, the weights of its products in dtype."""
+def to_read(model, device, dtype, int8=False):
+    """The network, ready to use, the weights of its products in dtype, or in int8."""
+    model.requires_grad_(False)
+    if int8:
+        quantize(model, dtype)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             module.to(dtype)
-    return model.to(device).eval().requires_grad_(False)
+    model.dtype = dtype
+    return model.to(device).eval()
 
 
-def load_model(checkpoint, device="cpu", dtype=torch.float32):
+def load_model(checkpoint, device="cpu", dtype=torch.float32, int8=False):
     """The averaged network of a checkpoint's content, ready to use."""
     model = SunFish(model_config(checkpoint), checkpoint["data"]["vocab_size"])
     model.load_state_dict(checkpoint["ema"])
-    return to_read(model, device, dtype)
+    return to_read(model, device, dtype, int8)

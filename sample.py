@@ -33,6 +33,7 @@ class Config:
     seed: int = 1                    # same seed, same text
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
+    quantize: str = "none"           # none, int8: of the weights, which saves memory and not time
     json: bool = False               # one JSON object a sample
     show: bool = False               # watch the first sample of each batch being denoised
 
@@ -40,7 +41,8 @@ class Config:
         for name in ("num_samples", "streams", "batch_size", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name, known in (("mode", "generate or infill"), ("sampler", "ddim or ddpm"), ("dtype", "auto or float32 or bfloat16")):
+        for name, known in (("mode", "generate or infill"), ("sampler", "ddim or ddpm"), ("dtype", "auto or float32 or bfloat16"),
+                            ("quantize", "none or int8")):
             if getattr(self, name) not in known.split(" or "):
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use {known}")
         if self.sampler == "ddpm" and self.eta != 1:
@@ -214,7 +216,7 @@ def sample(model, cfg, canvas, numbers, watch=None, end=None):
     Guidance is away from what the network would write without the prompt: not the text before the canvas, and not what is
     given at its beginning.
     """
-    device, dtype, B = model.table.device, model.head.weight.dtype, len(numbers)
+    device, dtype, B = model.table.device, model.dtype, len(numbers)
     idx, known, prompt = (part.to(device) for part in canvas)
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     E = table.to(dtype)
@@ -259,7 +261,7 @@ def main(cfg):
     except ValueError as error:
         fail(error)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
-    model, encoding = load_model(checkpoint, device, getattr(torch, dtype)), get_tokenizer(checkpoint["data"]["tokenizer"])
+    model, encoding = load_model(checkpoint, device, getattr(torch, dtype), cfg.quantize == "int8"), get_tokenizer(checkpoint["data"]["tokenizer"])
     prompts = read_prompts(cfg.prompt)
     if answers and cfg.streams > 1:
         fail(f"streams={cfg.streams}, but this network answers, in one stream, until the answer ends; use --streams=1")

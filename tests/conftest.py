@@ -54,6 +54,27 @@ def shards(tmp_path_factory):
     return folder / "shards"
 
 
+@pytest.fixture(scope="session")
+def base(shards, tmp_path_factory):
+    """A run of twenty steps on these sentences, to be trained on."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    call(["train.py", *SIZE, f"--dataset={shards}", "--max_steps=20", f"--out_dir={folder}"])
+    return folder
+
+
+PAIRS = {"the dog": "went home", "the boat": "saw wind and sea", "a red sea": "old"}
+
+
+@pytest.fixture(scope="session")
+def pairs(shards, tmp_path_factory):
+    """A folder of instructions, each many times with its response, in the tokens of those sentences."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [json.dumps(dict(instruction=q, input="", output=a)) for _ in range(40) for q, a in PAIRS.items()]
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    run(["prepare_fineweb.py", f"--source={folder / 'pairs.jsonl'}", f"--tokenizer={shards}", f"--out={folder / 'shards'}"])
+    return folder / "shards"
+
+
 def run(args, code=0, **options):
     """Run one of the scripts; its exit code must be `code` and no traceback may show."""
     done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, text=True, capture_output=True, timeout=200,

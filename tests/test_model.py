@@ -4,10 +4,11 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import configurator
 import diffusion
-from model import ALL, CLEAN, FORMAT, NOISY, SunFish, attention, find_checkpoint, load_model, read_checkpoint, score_mask
+from model import ALL, CLEAN, FORMAT, NOISY, Int8, SunFish, attention, find_checkpoint, load_model, quantize, read_checkpoint, score_mask
 
 
 def meta_size(name, *args):
@@ -242,3 +243,41 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="bomb.pt"):
         read_checkpoint(tmp_path / "bomb.pt")
     assert not sentinel.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [torch.randn(64, 32), torch.zeros(64, 32), torch.randn(64, 32) * torch.logspace(-6, 3, 64)[:, None]])
+def test_int8_is_off_by_half_a_step_of_its_row_at_most(rows):
+    layer = torch.nn.Linear(32, 64)
+    layer.weight.copy_(rows)
+    made = Int8(layer, torch.float32)
+    step = rows.abs().amax(1, keepdim=True) / 127
+    assert made.weight.dtype == torch.int8 and (made.weight * made.scale[:, None] - rows).abs().le(0.501 * step).all()
+    x = torch.randn(5, 32)
+    assert torch.allclose(made(x), x @ (made.weight * made.scale[:, None]).T + layer.bias, atol=1e-4, rtol=1e-4)
+
+
+def held(net):
+    """Bytes of a network's tensors, whatever they are made of."""
+    parts = [[getattr(x, name) for name in x.__tensor_flatten__()[0]] if is_traceable_wrapper_subclass(x) else [x]
+             for x in (*net.parameters(), *net.buffers())]
+    return sum(x.nbytes for part in parts for x in part)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["torchao", "this file"])
+@pytest.mark.parametrize("settings", [{}, dict(head="tied"), dict(objective="eps")])
+def test_an_int8_network_answers_nearly_the_same_from_a_third_of_the_bytes(by, settings):
+    if by == "torchao":
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net = SunFish(configurator.ModelConfig(n_layer=2, n_head=2, n_embd=64, token_dim=16, block_size=12, prompt_size=6, **settings), 500)
+    for layer in (net.head, net.time_out):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    inputs, table = (torch.randn(2, 12, 16), torch.full((2, 12), -9.0), torch.zeros(2, 12, 16)), net.table.nbytes
+    want, before, products = net(*inputs), held(net), net.table.clone()
+    assert by in quantize(net, torch.float32, by == "torchao")
+    got = net(*inputs)
+    keep = slice(0, 500 if settings.get("objective") != "eps" else 16)
+    error = (got - want)[..., keep].pow(2).mean().sqrt() / want[..., keep].std()
+    assert 0 < error < 0.03 and held(net) - table < 0.32 * (before - table) and torch.equal(net.table, products)
