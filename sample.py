@@ -55,6 +55,8 @@ class Config:
             raise ValueError(f"span_size={self.span_size} is not a number of tokens; 0 is all at once")
         if self.mode == "infill" and self.prompt:
             raise ValueError("mode=infill takes --text, not --prompt; put the prompt into the text")
+        if self.mode == "infill" and self.seq_len:
+            raise ValueError(f"seq_len={self.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
         if self.mode == "generate" and self.text:
             raise ValueError("--text is for --mode=infill; use --prompt, or add --mode=infill")
 
@@ -75,7 +77,8 @@ from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, 
 from prepare_fineweb import ask, get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
-DEFAULT_BLANK = 4                                 # tokens in a [MASK] without a length
+LONGEST = 12                                      # tokens that a [MASK] without a length is tried with, from 1 on
+BEHIND = 24                                       # known tokens behind it at most that decide which is best
 
 
 def say(*words):
@@ -97,35 +100,107 @@ def read_prompts(text):
 
 
 def read_blanks(text, encode):
-    """Text with [MASK] and [MASK:n] as token ids (T,) and where they are given (T,) bool; the blanks hold id 0."""
+    """Text with [MASK] and [MASK:n] in parts: lists of token ids, and the numbers n of blank tokens, 0 if that is open."""
     if not BLANK.search(text):
         fail(f"--text={text!r} has no [MASK], in capitals, to fill; write for example \"The sky is [MASK:2] today.\"")
-    idx, known, end = [], [], 0
+    parts, end = [], 0
     for blank in BLANK.finditer(text):
-        n = int(blank[1]) if blank[1] else DEFAULT_BLANK
-        if not 1 <= n <= 10_000:
-            fail(f"{blank[0].strip()} is a blank of {n} tokens; write [MASK:1] or some more")
-        given = encode(text[end:blank.start()])
-        idx, known, end = idx + given + [0] * n, known + [True] * len(given) + [False] * n, blank.end()
-    given = encode(text[end:])
-    return torch.tensor(idx + given), torch.tensor(known + [True] * len(given))
+        n = int(blank[1]) if blank[1] else 0
+        if blank[1] and not 1 <= n <= 10_000:
+            fail(f"{blank[0].strip()} is a blank of {n} tokens; write [MASK:1] or some more, or [MASK] to let the network choose")
+        parts, end = [*parts, encode(text[end:blank.start()]), n], blank.end()
+    return [*parts, encode(text[end:])]
+
+
+def lay_out(parts):
+    """Token ids (T,) and where they are given (T,) bool; blanks hold id 0, open ones half of what they may hold."""
+    given = [part if isinstance(part, list) else [0] * (part or LONGEST // 2) for part in parts]
+    known = [[isinstance(part, list)] * len(ids) for part, ids in zip(parts, given, strict=True)]
+    return torch.tensor(sum(given, [])), torch.tensor(sum(known, []))
+
+
+def window_around(known, at, size):
+    """(start, stop) of the at most `size` tokens in whose middle the blank that begins at `at` stands, in a text given where
+    known (T,); of a blank too long for that the first half of `size`. No other blank is cut."""
+    if len(known) <= size:
+        return 0, len(known)
+    end = at + int((known[at:].cumsum(0) == 0).sum())
+    end = min(end, at + size // 2)
+    start = max(0, min(at - (size - end + at) // 2, len(known) - size))
+    stop = start + size
+    while 0 < start < at and not (known[start] or known[start - 1]):
+        start += 1
+    while end < stop < len(known) and not (known[stop] or known[stop - 1]):
+        stop -= 1
+    return start, stop
+
+
+def canvas_of(idx, known, at, cfg):
+    """(start, stop) of the window around the blank at `at`, and the canvas of texts (B, T): before it stand known tokens only."""
+    start, stop = window_around(known, at, cfg.block_size)
+    first = max(0, start - cfg.prompt_size, *((~known[:start]).nonzero().flatten() + 1).tolist()[-1:])
+    return start, stop, (idx[:, start:stop], known[start:stop], idx[:, first:start])
+
+
+def fill(model, cfg, parts, numbers, watch=None):
+    """Samples with these numbers of a text whose blanks have lengths: lists of token ids. What is longer than a window is filled
+    from left to right, window by window."""
+    idx, known = lay_out(parts)
+    texts = idx.repeat(len(numbers), 1)
+    while not known.all():
+        start, stop, canvas = canvas_of(texts, known, int((~known).nonzero()[0]), model.cfg)
+        texts[:, start:stop] = sample(model, cfg, canvas, numbers, watch).cpu()
+        known[start:stop] = True
+    return texts.tolist()
+
+
+@torch.no_grad()
+def nats(model, tokens, prompt):
+    """-log p of tokens (B, T), each given those before it and a prompt (B, P), decided in one step from noise that says nothing."""
+    E, group, seen = model.embedding(), torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens), torch.ones_like(prompt) > 0
+    x_T = diffusion.randn(E[tokens], diffusion.generator(tokens.device, "nats"))
+    level = diffusion.log_snr(torch.full_like(tokens, model.cfg.timesteps), diffusion.make_schedule(model.cfg, model.schedule))
+    with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
+        past = model.look_back(model.remember(tokens, group, prompt, seen, E), group)
+        return diffusion.ce_loss(model(x_T, level, torch.zeros_like(x_T), prompt, seen, past, E), tokens)
+
+
+def try_length(model, cfg, parts, i, n, number, watch):
+    """Part i, an open blank, filled with n tokens: (cost, ids). The cost is of what stands behind it, up to the next blank: a fill of
+    the right length makes that likely. Nothing need be normalised, for these tokens are the same for every n (bench/LOG.md). Where
+    nothing stands behind it, the cost is of a token of the fill."""
+    idx, known = lay_out([*parts[:i], n, *parts[i + 1:]])
+    at = len(lay_out(parts[:i])[0])
+    start, stop, canvas = canvas_of(idx[None], known, at, model.cfg)
+    made = sample(model, cfg, canvas, [number], watch)
+    costs, at = nats(model, made, canvas[2].to(made.device))[0], at - start
+    behind = costs[at + n:][known[start + at + n:stop].to(costs.device).cumprod(0) > 0][:BEHIND]
+    return (behind if len(behind) else costs[at:at + n]).mean().item(), made[0, at:at + n].tolist()
+
+
+def infill(model, cfg, parts, numbers, watch=None):
+    """As `fill`, of a text that may have open blanks: from left to right each takes the best length, in each sample."""
+    if 0 not in parts:
+        return fill(model, cfg, parts, numbers, watch)
+    texts = []
+    for number in numbers:
+        chosen = list(parts)
+        for i in (i for i, part in enumerate(parts) if part == 0):
+            longest = min(LONGEST, model.cfg.block_size // 2)
+            chosen[i] = min(try_length(model, cfg, chosen, i, n, number, watch) for n in range(1, longest + 1))[1]
+        texts += fill(model, cfg, chosen, [number], watch)
+    return texts
 
 
 def make_canvas(cfg, model_cfg, prompt, encoding, answers=False):
-    """What to fill: token ids (T,), which are given (T,), and the ids (P,) before it that cross-attention sees. A network that
+    """What to write: token ids (T,), which are given (T,), and the ids (P,) before it that cross-attention sees. A network that
     answers sees the prompt as it saw instructions."""
     encode = encoding.encode_ordinary
-    if cfg.mode == "infill":
-        idx, known = read_blanks(cfg.text, encode)
-        if cfg.seq_len:
-            fail(f"seq_len={cfg.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
-        ids = []
-    else:
-        ids = [] if not prompt.strip() else [encoding.eot_token] + encode(ask(prompt)) if answers else encode(prompt)
-        n = min(len(ids), model_cfg.block_size // 2, max(0, model_cfg.block_size - cfg.seq_len))
-        ids, given = ids[:len(ids) - n], ids[len(ids) - n:]
-        idx = torch.tensor(given + [0] * (cfg.seq_len or model_cfg.block_size - n))
-        known = torch.arange(len(idx)) < n
+    ids = [] if not prompt.strip() else [encoding.eot_token] + encode(ask(prompt)) if answers else encode(prompt)
+    n = min(len(ids), model_cfg.block_size // 2, max(0, model_cfg.block_size - cfg.seq_len))
+    ids, given = ids[:len(ids) - n], ids[len(ids) - n:]
+    idx = torch.tensor(given + [0] * (cfg.seq_len or model_cfg.block_size - n))
+    known = torch.arange(len(idx)) < n
     if len(idx) > model_cfg.block_size:
         fail(f"{len(idx)} tokens are more than the {model_cfg.block_size} that this network was trained at (block_size)")
     if len(ids) > model_cfg.prompt_size:
@@ -145,10 +220,10 @@ def progress(cfg, encoding, steps):
 
     def watch(t, tokens):
         calls.append(t)
-        if cfg.show and (sys.stderr.isatty() or len(calls) == steps):
+        if cfg.show and (sys.stderr.isatty() or len(calls) % steps == 0):
             text = " ".join(encoding.decode(tokens[0].tolist()).split())
             clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
-            say(f"{clear}step {len(calls)}/{steps}, noise index {t}\n{text}")
+            say(f"{clear}step {(len(calls) - 1) % steps + 1}/{steps}, noise index {t}\n{text}")
     return watch, calls
 
 
@@ -221,7 +296,7 @@ def sample(model, cfg, canvas, numbers, watch=None, end=None):
     table, alpha_bar = model.embedding(), diffusion.make_schedule(model.cfg, model.schedule)
     E = table.to(dtype)
     begun = known.cummin(0).values & ~known.all()                           # given, with nothing to write before it
-    scale = cfg.guidance_scale if prompt.numel() or cfg.mode == "generate" and begun.any() else 1
+    scale = cfg.guidance_scale if cfg.mode == "generate" and (prompt.numel() or begun.any()) else 1
     network_for = Reader(model, E, prompt.expand(B, -1), begun, scale).network_for
     _, group, _, steps = plan(cfg, model.cfg, canvas[1])
     read = diffusion.make_read(model.cfg, E, model.vocab_size, cfg.temperature)
@@ -262,37 +337,49 @@ def main(cfg):
         fail(error)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
     model, encoding = load_model(checkpoint, device, getattr(torch, dtype), cfg.quantize == "int8"), get_tokenizer(checkpoint["data"]["tokenizer"])
-    prompts = read_prompts(cfg.prompt)
     if answers and cfg.streams > 1:
         fail(f"streams={cfg.streams}, but this network answers, in one stream, until the answer ends; use --streams=1")
-    canvases = [make_canvas(cfg, model.cfg, prompt, encoding, answers) for prompt in prompts]
+    prompts, parts = read_prompts(cfg.prompt), read_blanks(cfg.text, encoding.encode_ordinary) if cfg.mode == "infill" else []
+    if parts:
+        idx, known = lay_out(parts)
+        canvases = [canvas_of(idx[None], known, int((~known).nonzero()[0]), model.cfg)[2]]
+    else:
+        canvases = [make_canvas(cfg, model.cfg, prompt, encoding, answers) for prompt in prompts]
     try:
         plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
     except ValueError as error:
         fail(error)
-    size, _, _, steps = plans[0]
+    say_what(cfg, f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}", prompts, plans[0], f"{device}, {dtype}")
+    started, tokens, calls, end = time.perf_counter(), 0, 0, encoding.eot_token if answers else None
+    for prompt, canvas, (*_, steps) in zip(prompts, canvases, plans, strict=True):
+        for first in range(0, cfg.num_samples, cfg.batch_size):
+            numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
+            watch, seen = progress(cfg, encoding, steps)
+            if parts:
+                made = infill(model, cfg, parts, numbers, watch)
+                tokens += sum(map(len, made)) - len(made) * sum(len(part) for part in parts if isinstance(part, list))
+            else:
+                given = int(canvas[1].sum())                                    # the prompt is written as it came
+                made = [until(ids[given:], end) for ids in sample(model, cfg, canvas, numbers, watch, end).tolist()]
+                tokens += sum(map(len, made))
+            calls += len(seen)
+            for number, ids in zip(numbers, made, strict=True):
+                write(cfg, prompt, number, encoding.decode(ids), answers)
+    seconds = time.perf_counter() - started
+    say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
+
+
+def say_what(cfg, network, prompts, plan, machine):
+    """What is about to be done, by which network, and what is odd about it."""
+    size, _, _, steps = plan
     together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
     together = f"{cfg.streams} streams side by side" if cfg.streams > 1 else together
-    say(f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}; {cfg.sampler}, {steps} steps, "
-        f"{together}, {device}, {dtype}")
+    say(f"{network}; {cfg.sampler}, {steps} steps, {together}, {machine}")
     if not all(prompt.strip() for prompt in prompts):
         if cfg.mode == "generate":
             say("no prompt: the samples are unconditional")
         if cfg.guidance_scale != Config.guidance_scale:
             say(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
-    started, tokens, calls = time.perf_counter(), 0, 0
-    for prompt, canvas, (*_, steps) in zip(prompts, canvases, plans, strict=True):
-        for first in range(0, cfg.num_samples, cfg.batch_size):
-            numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            watch, seen = progress(cfg, encoding, steps)
-            made, calls = sample(model, cfg, canvas, numbers, watch, encoding.eot_token if answers else None), calls + len(seen)
-            given = int(canvas[1].sum()) if cfg.mode == "generate" else 0       # the prompt is written as it came
-            for number, ids in zip(numbers, made.tolist(), strict=True):
-                ids = until(ids[given:], encoding.eot_token) if answers else ids[given:]
-                tokens += len(ids) if given or cfg.mode == "generate" else int((~canvas[1]).sum())
-                write(cfg, prompt, number, encoding.decode(ids), answers)
-    seconds = time.perf_counter() - started
-    say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
 
 
 def write(cfg, prompt, number, text, answer=False):

@@ -120,7 +120,10 @@ def test_infill_returns_the_given_text_and_fills_the_rest(checkpoint):
     out = write(checkpoint, "--mode=infill", "--text", "the red[MASK:2] went [MASK] home<|endoftext|>")
     text = out.stdout.rstrip("\n")
     assert text.startswith("the red") and text.endswith(" home<|endoftext|>") and " went" in text
-    assert "6 tokens written" in out.stderr and "6 network calls" in out.stderr
+    n = int(out.stderr.split(" tokens written")[0].split()[-1])
+    assert 3 <= n <= 14 and f"{6 * 13} network calls" in out.stderr            # twelve lengths are tried, then the other blank is filled
+    out = write(checkpoint, "--mode=infill", "--num_samples=3", "--text", "the red[MASK:2] went [MASK:4] home")
+    assert "18 tokens written" in out.stderr and "6 network calls" in out.stderr
 
 
 def test_prompts_from_a_file_and_from_stdin(checkpoint, tmp_path):
@@ -138,9 +141,73 @@ def test_header_names_the_text_it_was_trained_on(checkpoint):
 
 
 def test_blanks_are_cut_out_before_encoding():
-    idx, known = script.read_blanks("ab [MASK] c[MASK:2][MASK:1]", lambda text: list(text.encode()))
-    assert bytes(idx[known].tolist()) == b"ab c" and known.tolist() == [True] * 2 + [False] * 4 + [True] * 2 + [False] * 3
-    assert torch.equal(script.read_blanks("[MASK:3]", lambda text: [])[1], torch.zeros(3, dtype=torch.bool))
+    parts = script.read_blanks("ab [MASK] c[MASK:2][MASK:1]", lambda text: list(text.encode()))
+    assert parts == [[97, 98], 0, [32, 99], 2, [], 1, []]
+    idx, known = script.lay_out(parts)
+    assert bytes(idx[known].tolist()) == b"ab c" and known.tolist() == [True] * 2 + [False] * 6 + [True] * 2 + [False] * 3
+    assert torch.equal(script.lay_out(script.read_blanks("[MASK:3]", lambda text: []))[1], torch.zeros(3, dtype=torch.bool))
+
+
+def test_windows_stand_around_a_blank_and_cut_no_other():
+    for seed in range(300):
+        rng = torch.Generator().manual_seed(seed)
+        known = torch.rand(60, generator=rng) < 0.9
+        known[torch.randint(60, (2,), generator=rng)] = False
+        for at in (known.int().diff() == -1).nonzero().flatten() + 1:
+            start, stop = script.window_around(known, int(at), 24)
+            end = int(at) + int((known[at:].cumsum(0) == 0).sum())
+            assert start <= at and stop - start <= 24 and (stop >= end or end - at > 12)
+            assert start in (0, at) or known[start] or known[start - 1]
+            assert stop == 60 or known[stop] or known[stop - 1] or end - at > 12
+            roomy = known[:at].all() and known[end:].all() and 24 < at and end < 36
+            assert not roomy or abs((at - start) - (stop - end)) <= 1
+    assert script.window_around(torch.arange(20) < 3, 3, 24) == (0, 20)
+
+
+def test_long_documents_come_back_with_their_blanks_filled(checkpoint):
+    text = " the old dog went home and then saw a boat near the sea." * 5
+    out = write(checkpoint, "--mode=infill", "--text", text + " [MASK:3]" + text + " [MASK:2] under[MASK]" + text).stdout[:-1]
+    assert out.startswith(text) and out.endswith(text) and out.count(text) == 3 and " under" in out
+    assert "100 tokens written" in write(checkpoint, "--mode=infill", "--text=the[MASK:100]").stderr
+
+
+def test_the_prompt_of_a_window_is_known_text(small):
+    """What stands before a window, up to the last blank that is still open."""
+    idx, known = torch.arange(40)[None], torch.arange(40) < 99
+    known[[10, 30]] = False
+    start, stop, (text, seen, prompt) = script.canvas_of(idx, known, 30, small.cfg)
+    assert stop - start == 12 and prompt[0].tolist() == list(range(start - 6, start)) and text[0].tolist() == list(range(start, stop))
+    known[start - 2] = False
+    assert script.canvas_of(idx, known, 30, small.cfg)[2][2].tolist() == [[start - 1]]
+
+
+def test_the_nats_of_a_text_are_its_bound_token_by_token(small):
+    import train
+    torch.manual_seed(0)
+    idx = torch.randint(50, (300, 12))
+    small.cfg = replace(small.cfg, schedule="cosine")               # whose last level says nothing
+    got, row = script.nats(small, idx, idx[:, :0]), train.measure(small, idx, 64, 1, bands=0)
+    assert got.shape == (300, 12) and got.mean().item() == pytest.approx(row["reconstruction"], abs=3 * row["bound_error"])
+    changed = script.nats(small, torch.where(torch.arange(12) == 7, (idx + 1) % 50, idx), idx[:, :0])
+    assert torch.allclose(got[:, :7], changed[:, :7], atol=1e-4) and ((got - changed)[:, 8:].abs() > 1e-4).any(1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_an_open_blank_takes_the_length_that_makes_what_stands_behind_it_likely(small, monkeypatch, behind):
+    """Or, with nothing behind it, the one whose own tokens are likely; a second blank ends what counts."""
+    seen = []
+
+    def nats(model, tokens, prompt):
+        n = tokens.size(1) - (6 if behind else 3)
+        costs = torch.full(tokens.shape, 9.0)
+        costs[:, 3 + n if behind else 3:][:, :2 if behind else n] = abs(n - 5)
+        seen.append(n)
+        return costs
+    monkeypatch.setattr(script, "nats", nats)
+    parts = [[1, 2, 3], 0, *([[4, 5], 1] if behind else [])]
+    text, = script.infill(small, script.Config(mode="infill", text="x"), parts, [0])
+    assert seen == [1, 2, 3, 4, 5, 6] and len(text) == 3 + 5 + (3 if behind else 0) and text[:3] == [1, 2, 3]
+    assert not behind or text[8:10] == [4, 5]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -148,7 +215,7 @@ def test_blanks_are_cut_out_before_encoding():
     (["--mode=infill", "--text=no blank"], "no [MASK]"),
     (["--mode=infill", "--text=a [mask]"], "in capitals"),
     (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
-    (["--mode=infill", "--text=a [MASK:99999]"], "a blank of 99999 tokens"), (["--mode=infill", "--text=a [MASK:99]"], "more than the 24"),
+    (["--mode=infill", "--text=a [MASK:99999]"], "a blank of 99999 tokens"), (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "has no meaning"),
     (["--mode=infill"], "no [MASK]"),
     (["--mode=infill", "--text=a [MASK:9999999999]"], "write [MASK:1]"),
     (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
