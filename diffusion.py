@@ -239,7 +239,7 @@ def generate(network_for, read, table, alpha_bar, idx, known, group, steps=50, e
 
     `network_for(tokens, group, places)` is the network of the noisy tokens at places (n,) that are written after those of
     smaller turns; known tokens have the smallest. What the last call leaves open is drawn from its softmax, or decided
-    for the likeliest with eta = 0. watch(t, tokens), if given, sees the text after every call. Nothing is written after the
+    for the likeliest with eta = 0. watch(t, tokens, places, logits), if given, sees the text after every call. Nothing is written after the
     turn in which the last of the texts has got the token `end`, if there is one.
     Raises ValueError if there are fewer steps than turns.
     """
@@ -265,7 +265,7 @@ def write_turn(network, read, table, alpha_bar, tokens, places, steps, eta=0.0, 
         calls.append(t)
         tokens[:, places] = choose(logits, eta * (len(calls) == steps), rng)
         if watch:
-            watch(t, tokens)
+            watch(t, tokens, places, logits)
     x_T = randn(table[tokens[:, places]], rng)
     sample_ddim(denoiser(network, read, alpha_bar, watch=keep), x_T, alpha_bar, steps, eta, rng)
 

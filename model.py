@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -581,11 +582,54 @@ def read_checkpoint(path):
     return content
 
 
+def write_export(folder, content, **more):
+    """Write the averaged network of a checkpoint's content to a folder, to be shared: model.safetensors, config.json with `more`
+    plain values, tokenizer.json. Raises ImportError without the safetensors package, and OSError."""
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {key: value for key, value in content["data"].items() if key != "tokenizer"}
+    config = dict(model_type="sunfish", format=FORMAT, step=content["step"], fingerprint=fingerprint(content["ema"]),
+                  config=dataclasses.asdict(model_config(content)), data=data, **more)
+    save_file({name: x.contiguous() for name, x in content["ema"].items()}, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)                         # it would be for its owner only
+    for name, values in (("tokenizer", content["data"]["tokenizer"]), ("config", config)):
+        (folder / f"{name}.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_export(folder):
+    """What `write_export` wrote, as the content of a checkpoint; ValueError if it is not sound."""
+    try:
+        from safetensors.torch import load_file
+        config, tokenizer = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "tokenizer"))
+        weights = load_file(folder / "model.safetensors")
+    except ImportError:
+        raise ValueError(f"{folder} is read with safetensors; pip install safetensors") from None
+    except Exception as error:              # of json, of files, of safetensors
+        raise ValueError(f"{folder} is not a sound export ({(str(error) or type(error).__name__).splitlines()[0]})") from None
+    if config.get("format") != FORMAT or config.get("fingerprint") != fingerprint(weights):
+        raise ValueError(f"{folder} is not a sound export of format {FORMAT}: its weights are not those that config.json names")
+    return {**config, "data": {**config["data"], "tokenizer": tokenizer}, "ema": weights}
+
+
+def download(name):
+    """The folder of the export user/name of the Hugging Face hub, fetched once; ValueError if it cannot be had."""
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=["model.safetensors", "config.json", "tokenizer.json"])
+    except Exception as error:              # whatever the hub and the libraries below it raise
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot fetch hf:{name} ({why}); check the name, the network and HF_TOKEN") from None
+
+
 def find_checkpoint(place):
-    """(path, content) of the file `place`, or of the last sound checkpoint in the folder, or else in the folder below it
-    that was written last; None if there is none. A damaged file is passed over with a warning; ValueError if all are.
+    """(path, content) of the file `place`, of an export in a folder or, as hf:user/name, on the Hugging Face hub, or of the last
+    sound checkpoint in the folder, or else in the folder below it that was written last; None if there is none. A damaged
+    file is passed over with a warning; ValueError if all are.
     """
-    place = Path(place)
+    place = Path(download(place[3:]) if str(place).startswith("hf:") else place)
+    if (place / "model.safetensors").exists():
+        return place, read_export(place)
     below = [] if place.is_file() else sorted(place.rglob("ckpt_*.pt"), key=os.path.getmtime)
     here = place if place in {path.parent for path in below} or not below else below[-1].parent
     paths = [place] if place.is_file() else sorted(here.glob("ckpt_*.pt"), reverse=True)

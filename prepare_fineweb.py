@@ -466,10 +466,11 @@ def write_shards(cfg, meta, path):
 
 def read_tokenizer(folder):
     """The spec of the tokenizer of prepared text, or of an exported network, in `folder`; ValueError if there is none."""
-    for path in (Path(folder, "config.json"), *read_parts(folder)):
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
-    raise ValueError(f"tokenizer={folder} has no meta.json or config.json; name a folder of prepared text, or choose gpt2 or corpus")
+    if Path(folder, "tokenizer.json").exists():
+        return json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
+    for part in read_parts(folder).values():
+        return part["tokenizer"]
+    raise ValueError(f"tokenizer={folder} has no meta.json or tokenizer.json; name a folder of prepared text, or choose gpt2 or corpus")
 
 
 def write_examples(cfg, meta, path):

@@ -3,7 +3,7 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
 
     python sample.py --prompt "The list is sorted"
     python sample.py --num_samples=4 --seq_len=64
-    python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."
+    python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."         # a blank of any length, one of 3 tokens
     python sample.py --checkpoint=out/instruct --prompt "Name three colours."        # a network that was trained to answer
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
@@ -15,7 +15,7 @@ from configurator import fail, load
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = ""             # file, or folder of a run; empty is the newest under out/
+    checkpoint: str = ""             # file, folder of a run or an export, or hf:user/name; empty is the newest under out/
     lora: str = ""                   # file or folder of adapters; the checkpoint is then their base, by default where it was
     mode: str = "generate"           # generate, or infill with --text
     prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin, empty is none
@@ -36,6 +36,8 @@ class Config:
     quantize: str = "none"           # none, int8: of the weights, which saves memory and not time
     json: bool = False               # one JSON object a sample
     show: bool = False               # watch the first sample of each batch being denoised
+    html: str = ""                   # file for a page on which the first sample can be watched again
+    export: str = ""                 # folder to write the network to, for sharing, with a model card; nothing else is then written
 
     def check(self):
         for name in ("num_samples", "streams", "batch_size", "temperature"):
@@ -55,6 +57,8 @@ class Config:
             raise ValueError(f"span_size={self.span_size} is not a number of tokens; 0 is all at once")
         if self.mode == "infill" and self.prompt:
             raise ValueError("mode=infill takes --text, not --prompt; put the prompt into the text")
+        if self.export and (self.mode != "generate" or self.quantize != "none"):
+            raise ValueError(f"--export takes a whole network and a sample; leave out --mode={self.mode} and --quantize={self.quantize}")
         if self.mode == "infill" and self.seq_len:
             raise ValueError(f"seq_len={self.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
         if self.mode == "generate" and self.text:
@@ -73,7 +77,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model, merged
+from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model, merged, write_export
 from prepare_fineweb import ask, get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -147,8 +151,12 @@ def fill(model, cfg, parts, numbers, watch=None):
     from left to right, window by window."""
     idx, known = lay_out(parts)
     texts = idx.repeat(len(numbers), 1)
+    if watch:
+        watch.frames.clear()                            # of lengths that were tried
     while not known.all():
         start, stop, canvas = canvas_of(texts, known, int((~known).nonzero()[0]), model.cfg)
+        if watch:
+            watch.start = start
         texts[:, start:stop] = sample(model, cfg, canvas, numbers, watch).cpu()
         known[start:stop] = True
     return texts.tolist()
@@ -166,7 +174,7 @@ def nats(model, tokens, prompt):
 
 
 def try_length(model, cfg, parts, i, n, number, watch):
-    """Part i, an open blank, filled with n tokens: (cost, ids). The cost is of what stands behind it, up to the next blank: a fill of
+    """What it costs to fill part i, an open blank, with n tokens, and n: (nats a token, n). The cost is of what stands behind it, up to the next blank: a fill of
     the right length makes that likely. Nothing need be normalised, for these tokens are the same for every n (bench/LOG.md). Where
     nothing stands behind it, the cost is of a token of the fill."""
     idx, known = lay_out([*parts[:i], n, *parts[i + 1:]])
@@ -175,7 +183,7 @@ def try_length(model, cfg, parts, i, n, number, watch):
     made = sample(model, cfg, canvas, [number], watch)
     costs, at = nats(model, made, canvas[2].to(made.device))[0], at - start
     behind = costs[at + n:][known[start + at + n:stop].to(costs.device).cumprod(0) > 0][:BEHIND]
-    return (behind if len(behind) else costs[at:at + n]).mean().item(), made[0, at:at + n].tolist()
+    return (behind if len(behind) else costs[at:at + n]).mean().item(), n
 
 
 def infill(model, cfg, parts, numbers, watch=None):
@@ -214,17 +222,23 @@ def until(ids, end):
     return ids[:ids.index(end)] if end in ids else ids
 
 
-def progress(cfg, encoding, steps):
-    """A watch for `diffusion.generate` that redraws the first sample in the terminal at each step, if asked."""
-    calls = []
+class Watch:
+    """What `diffusion.generate` shows each step to: counts the calls of the network, redraws the first sample in the terminal, if
+    asked, and keeps for a page what each step decided of it: (t, places, ids, probabilities)."""
 
-    def watch(t, tokens):
-        calls.append(t)
-        if cfg.show and (sys.stderr.isatty() or len(calls) % steps == 0):
-            text = " ".join(encoding.decode(tokens[0].tolist()).split())
+    def __init__(self, cfg, encoding, steps):
+        self.cfg, self.encoding, self.steps, self.calls, self.start, self.frames = cfg, encoding, steps, 0, 0, []
+
+    def __call__(self, t, tokens, places, logits):
+        self.calls += 1
+        if self.cfg.show and (sys.stderr.isatty() or self.calls % self.steps == 0):
+            text = " ".join(self.encoding.decode(tokens[0].tolist()).split())
             clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
-            say(f"{clear}step {(len(calls) - 1) % steps + 1}/{steps}, noise index {t}\n{text}")
-    return watch, calls
+            say(f"{clear}step {(self.calls - 1) % self.steps + 1}/{self.steps}, noise index {t}\n{text}")
+        if self.cfg.html:
+            ids = tokens[0, places]
+            sure = logits[0].float().softmax(-1).gather(-1, ids[:, None])[:, 0]
+            self.frames.append((t, (places + self.start).tolist(), ids.tolist(), sure.tolist()))
 
 
 def plan(cfg, model_cfg, known):
@@ -337,6 +351,8 @@ def main(cfg):
         fail(error)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
     model, encoding = load_model(checkpoint, device, getattr(torch, dtype), cfg.quantize == "int8"), get_tokenizer(checkpoint["data"]["tokenizer"])
+    if cfg.export:
+        return export(cfg, path, checkpoint, model, encoding)
     if answers and cfg.streams > 1:
         fail(f"streams={cfg.streams}, but this network answers, in one stream, until the answer ends; use --streams=1")
     prompts, parts = read_prompts(cfg.prompt), read_blanks(cfg.text, encoding.encode_ordinary) if cfg.mode == "infill" else []
@@ -354,19 +370,90 @@ def main(cfg):
     for prompt, canvas, (*_, steps) in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            watch, seen = progress(cfg, encoding, steps)
+            watch = Watch(cfg, encoding, steps)
             if parts:
                 made = infill(model, cfg, parts, numbers, watch)
                 tokens += sum(map(len, made)) - len(made) * sum(len(part) for part in parts if isinstance(part, list))
             else:
                 given = int(canvas[1].sum())                                    # the prompt is written as it came
-                made = [until(ids[given:], end) for ids in sample(model, cfg, canvas, numbers, watch, end).tolist()]
+                texts = sample(model, cfg, canvas, numbers, watch, end).tolist()
+                made = [until(ids[given:], end) for ids in texts]
                 tokens += sum(map(len, made))
-            calls += len(seen)
+            calls += watch.calls
+            if cfg.html and not first and canvas is canvases[0]:
+                shown = made[0] if parts else texts[0][:given + len(made[0])]
+                save_page(cfg.html, diffusion.make_schedule(model.cfg, model.schedule), encoding, shown, watch.frames)
             for number, ids in zip(numbers, made, strict=True):
                 write(cfg, prompt, number, encoding.decode(ids), answers)
     seconds = time.perf_counter() - started
     say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
+
+
+def export(cfg, path, content, model, encoding):
+    """Write the network to a folder, with a model card, to be read by --checkpoint=FOLDER."""
+    answers, folder, data = content["data"].get("kind") == "instructions", Path(cfg.export), content["data"]
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "model.safetensors").exists())):
+        fail(f"export={folder} holds something else; choose a new folder")
+    prompt = cfg.prompt or ("Name three colours." if answers else "")
+    end = encoding.eot_token if answers else None
+    canvas = make_canvas(cfg, model.cfg, prompt, encoding, answers)
+    text = until(sample(model, cfg, canvas, range(1), end=end)[0, canvas[1].sum():].tolist(), end)
+    log = path.parent / "log.jsonl" if path.is_file() else Path()
+    rows = [json.loads(row) for row in log.read_text().splitlines()] if log.is_file() else []
+    found = {"tokens": content.get("tokens"), "bound": content.get("bound"), "bound_error": content.get("bound_error")}
+    for row in (row for row in rows if row["step"] <= content["step"]):
+        found.update({key: row[key] for key in found if key in row})
+    about = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "training text": f"{data['label']}; licence: {data.get('licence', 'unknown')}",
+             "steps": f"{content['step']:,}", "tokens seen": f"{found['tokens']:,}" if found["tokens"] else "unknown",
+             "bound on held-out text": f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, as sample.py writes" if found["bound"] else "not measured",
+             "window": f"{model.cfg.block_size} tokens, and {model.cfg.prompt_size} before it", "vocabulary": f"{model.vocab_size:,} ids ({data['tokenizer']['name']})"}
+    try:
+        write_export(folder, content, **found)
+        (folder / "README.md").write_text(CARD.format(
+            name=folder.resolve().name, table="\n".join(f"| {key} | {value} |" for key, value in about.items()), prompt=prompt, seed=cfg.seed,
+            text=encoding.decode(text).strip("\n"), use=f"--prompt {json.dumps(prompt)}" if prompt else "--num_samples=4"), encoding="utf-8")
+    except ImportError:
+        fail("--export needs the safetensors package; pip install safetensors")
+    except OSError as error:
+        fail(f"cannot write export={folder} ({error}); choose another folder", code=1)
+    say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; read it with --checkpoint={folder}, complete its README.md, "
+        f"and share it with: hf upload USER/NAME {folder}")
+
+
+CARD = """---
+license: other
+library_name: sunfish
+pipeline_tag: text-generation
+tags: [diffusion, continuous-diffusion, text-infilling]
+---
+# {name}
+
+A SunFish: a language model that writes by denoising in continuous embedding space.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+With the code of SunFish:
+
+    python sample.py --checkpoint=hf:USER/{name} {use}
+    python sample.py --checkpoint=hf:USER/{name} --mode=infill --text "The sky is [MASK] today."
+
+## A sample
+
+The first that was drawn with seed {seed}, unedited, after the prompt {prompt!r}:
+
+```text
+{text}
+```
+
+## Limits
+
+It knows what was in its training text, and no more; what it says may be wrong, and may be harmful where that text was. Nothing was
+done to make it safe. It writes in windows of the size above. Its weights may be used as its training text may: name the licence here.
+"""
 
 
 def say_what(cfg, network, prompts, plan, machine):
@@ -380,6 +467,84 @@ def say_what(cfg, network, prompts, plan, machine):
             say("no prompt: the samples are unconditional")
         if cfg.guidance_scale != Config.guidance_scale:
             say(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
+
+
+def save_page(path, alpha_bar, encoding, ids, frames):
+    """Write a page on which a reader can go through the steps in which the tokens `ids` were written: one file, no other needed."""
+    written = {place for _, places, _, _ in frames for place in places}
+    tokens = [None if place in written else encoding.decode([i]) for place, i in enumerate(ids)]
+    steps = [[t, round(float((1 - alpha_bar[t]) ** 0.5), 4),
+              [[place, encoding.decode([i]), round(p, 3)] for place, i, p in zip(places, now, sure, strict=True) if place < len(ids)]]
+             for t, places, now, sure in frames]
+    data = json.dumps(dict(tokens=tokens, steps=[step for step in steps if step[2]])).replace("<", "\\u003c")
+    try:
+        Path(path).write_text(PAGE.replace("DATA", data), encoding="utf-8")
+    except OSError as error:
+        fail(f"cannot write html={path} ({error.strerror}); choose another file", code=1)
+    say(f"{path}: {len(steps)} steps to look at, in any browser")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SunFish: from noise to text</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; background: #fff }
+h1 { font-size: 1.25rem; margin: 0 } p { margin: .3rem 0 1rem; color: #5b6875 }
+#text { white-space: pre-wrap; font: 1.15rem/2 Georgia, serif; min-height: 9rem; padding: 1rem; border: 1px solid #d5dce3; border-radius: 8px }
+#text span { border-radius: 4px; padding: .15em 0 } .given { font-weight: bold } .blank { color: #c3ccd5; letter-spacing: .05em }
+.now { outline: 2px solid #1c2733; outline-offset: 1px }
+input { width: 100%; margin: 1rem 0 .3rem } #bar { display: flex; gap: 1rem; align-items: center; justify-content: space-between }
+button { font: inherit; padding: .2rem 1rem } i { display: inline-block; width: 9rem; height: .7rem; border-radius: 4px; vertical-align: middle;
+background: linear-gradient(90deg, rgb(247 168 98), rgb(205 232 246)) }
+</style>
+<h1>From noise to text</h1>
+<p>Bold is given, dots are noise. Colour is how sure the network was of a token when it last decided it: unsure <i></i> sure.</p>
+<div id="text" aria-live="off"></div>
+<input id="at" type="range" min="0" value="0" aria-label="step">
+<div id="bar"><span id="where"></span><button id="play">play</button><span>keys: &larr; &rarr; Home End, space plays</span></div>
+<script>
+const data = DATA, at = document.getElementById('at'), text = document.getElementById('text'), where = document.getElementById('where'),
+      play = document.getElementById('play'), n = data.steps.length;
+let timer = null;
+at.max = n;
+function show() {
+  const k = +at.value, seen = data.tokens.map(token => token === null ? null : [token, null, false]);
+  for (let i = 0; i < k; i++) for (const [place, token, sure] of data.steps[i][2]) seen[place] = [token, sure, i === k - 1];
+  text.replaceChildren(...seen.map(found => {
+    const span = document.createElement('span');
+    if (!found) { span.className = 'blank'; span.textContent = ' \\u00b7\\u00b7\\u00b7'; return span }
+    const [token, sure, now] = found;
+    span.textContent = token;
+    if (sure === null) span.className = 'given';
+    else {
+      span.style.background = `rgb(${247 - 42 * sure} ${168 + 64 * sure} ${98 + 148 * sure})`;
+      span.title = `${Math.round(100 * sure)} % sure`;
+      if (now) span.className = 'now';
+    }
+    return span;
+  }));
+  const [t, noise] = k ? data.steps[k - 1] : [null, 1];
+  where.textContent = `step ${k} of ${n}, noise ${noise.toFixed(2)}` + (t ? ` (t = ${t})` : '');
+}
+function go(k) { at.value = Math.max(0, Math.min(n, k)); show() }
+function stop() { clearInterval(timer); timer = null; play.textContent = 'play' }
+function toggle() {
+  if (timer) return stop();
+  if (+at.value === n) go(0);
+  play.textContent = 'pause';
+  timer = setInterval(() => { go(+at.value + 1); if (+at.value === n) stop() }, Math.max(60, 6000 / n));
+}
+at.addEventListener('input', () => { stop(); show() });
+play.addEventListener('click', toggle);
+document.addEventListener('keydown', event => {
+  const move = { ArrowRight: () => go(+at.value + 1), ArrowLeft: () => go(+at.value - 1), Home: () => go(0), End: () => go(n) }[event.key];
+  if (move) { stop(); move(); event.preventDefault() }
+  else if (event.key === ' ' && event.target !== play) { toggle(); event.preventDefault() }
+});
+show();
+</script>
+</html>
+"""
 
 
 def write(cfg, prompt, number, text, answer=False):

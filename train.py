@@ -20,7 +20,7 @@ from configurator import ModelConfig, describe, fail, load
 class Config(ModelConfig):
     # data and output
     dataset: str = "fineweb,pydoc"       # folder, or name under data/; of several the first that is prepared
-    init_from: str = ""                  # begin with the averaged network of this checkpoint: file, or folder of a run; "": with a new one
+    init_from: str = ""                  # begin with the averaged network of this checkpoint (file, folder, hf:user/name); "": a new one
     out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
     resume: bool = False                 # continue from the newest checkpoint in out_dir
     # the optimizer step
@@ -278,12 +278,12 @@ def open_data(cfg):
     """What a checkpoint keeps of the dataset, and its training and validation windows, or examples."""
     try:
         folder = find_dataset(cfg.dataset)
-        meta = {"kind": "text", **read_meta(folder)}
+        meta = {"kind": "text", "licence": "unknown", **read_meta(folder)}
         if meta["kind"] == "instructions" and not cfg.in_turns:
             fail("span_size=0 and p_given=0 is a network that reads nothing that is given, such as instructions; use --p_given=0.1")
         kind = Windows if meta["kind"] == "text" else Examples
         splits = (kind(folder, split, cfg, meta["vocab_size"]) for split in ("train", "val"))
-        return {key: meta[key] for key in ("label", "kind", "fingerprint", "tokenizer", "vocab_size")}, *splits
+        return {key: meta[key] for key in ("label", "licence", "kind", "fingerprint", "tokenizer", "vocab_size")}, *splits
     except ValueError as error:
         fail(error)
 

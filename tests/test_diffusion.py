@@ -280,7 +280,7 @@ def test_generate_keeps_what_is_known_and_writes_the_rest_in_turns():
         turns.append((places.tolist(), group.tolist(), tokens[0].tolist()))
         return lambda x_t, log_snr, x_prev: torch.eye(6)[5].expand(*x_t.shape[:2], 6) * 100
     out = d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=5,
-                     watch=lambda t, tokens: calls.append((t, tokens[0].tolist())))
+                     watch=lambda t, tokens, *_: calls.append((t, tokens[0].tolist())))
     assert out.tolist() == [[0, 5, 5, 3, 5]] * 2 and idx[0, 1] == 1
     assert turns == [([4], [-1, 1, 1, -1, 0], [0, 1, 2, 3, 4]), ([1, 2], [-1, 1, 1, -1, 0], [0, 1, 2, 3, 5])]
     assert len(calls) == 5 and calls[1][1] == [0, 1, 2, 3, 5]

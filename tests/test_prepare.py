@@ -434,7 +434,7 @@ def test_examples_take_the_tokenizer_of_a_folder_and_mistakes_in_them_are_named(
     half = write_pairs(tmp_path / "half.jsonl", [dict(instruction="Say it.", input="it")])
     (tmp_path / "empty").mkdir()
     for source, tokenizer, words in ((mixed, "corpus", "prepare them apart"), (half, "corpus", 'nor under "instruction"'),
-                                     (mixed, str(tmp_path / "empty"), "no meta.json")):
+                                     (mixed, str(tmp_path / "empty"), "no meta.json or tokenizer.json")):
         assert words in refused(capsys, pf.prepare, pf.Config(source=str(source), tokenizer=tokenizer, out=str(tmp_path / "no")))
         assert not (tmp_path / "no").exists() or not list((tmp_path / "no").glob("*.bin"))
 
