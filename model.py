@@ -37,6 +37,7 @@ CLEAN, NOISY = -4.2, 6.0      # norm-free noise levels -log_snr - 2 log R beyond
 LATER = 2 ** 31               # the turn of what is never read
 ALL = slice(None)             # places: every one of a text
 GAIN = 4                      # of what the head reads, for which Adam's steps of one size would else be small (bench/LOG.md)
+GPT2_DIM = 768                # width of GPT-2's token vectors
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
 HUGE_PAGE = 2 ** 21           # bytes
@@ -241,7 +242,8 @@ class SunFish(nn.Module):
         self.register_buffer("log_unigram", torch.full((V,), NEVER))
         self.log_unigram[:vocab_size] = -math.log(vocab_size) if log_unigram is None else log_unigram
         self.read = nn.Linear(2 * C, d, bias=False)
-        self.prompt_in = nn.Linear(C, d, bias=False)
+        self.register_buffer("prompt_table", torch.zeros(vocab_size, GPT2_DIM, dtype=torch.float16) if cfg.prompt_table == "gpt2" else None)
+        self.prompt_in = nn.Linear(C if self.prompt_table is None else GPT2_DIM, d, bias=False)
         self.null = nn.Parameter(torch.randn(1, 1, d))
         self.time_in = nn.Linear(64, d // 2)
         self.time_out = nn.Linear(d // 2, 6 * d)
@@ -377,7 +379,8 @@ class SunFish(nn.Module):
         pos = torch.arange(T, device=x.device)[places]
         context, context_pos = self.null.expand(B, 1, -1), torch.zeros_like(pos[:1])
         if prompt is not None and not past:
-            context = torch.cat((context, self.prompt_in(E[prompt])), 1)
+            vectors = E[prompt] if self.prompt_table is None else self.prompt_table[prompt].to(E.dtype)
+            context = torch.cat((context, self.prompt_in(vectors)), 1)
             context_pos = torch.cat((context_pos, torch.arange(-prompt.size(1), 0, device=x.device)))
         mask = None if prompt is None else F.pad(prompt_mask, (1, 0), value=True)[:, None, None]
         attend, *near = (past.attend, *past.near) if past else sight
@@ -529,12 +532,12 @@ def flops_per_token(model, in_turns):
     """
     cfg, head = model.cfg, model.head.weight.numel()
     table = 0 if cfg.objective == "eps" else model.table.numel()
-    d, C, T, P = cfg.n_embd, cfg.token_dim, cfg.block_size, cfg.prompt_size
+    d, T, P = cfg.n_embd, cfg.block_size, cfg.prompt_size
     trunk, past = trunk_products(cfg, T), 2 * T * d * cfg.n_layer * in_turns
-    prompt = (cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) + C * d * P) / T
+    prompt, read = cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) / T, model.prompt_in.weight.numel() * P / T
     last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
     level = 32 * d + 3 * d * d                                                  # one for all in the clean pass
-    return (6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table + 4 * table)
+    return ((6 if model.prompt_table is None else 4) * read + 6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table + 4 * table)
 
 
 def keep_memory():
@@ -610,6 +613,28 @@ def read_export(folder):
     if config.get("format") != FORMAT or config.get("fingerprint") != fingerprint(weights):
         raise ValueError(f"{folder} is not a sound export of format {FORMAT}: its weights are not those that config.json names")
     return {**config, "data": {**config["data"], "tokenizer": tokenizer}, "ema": weights}
+
+
+def gpt2_vectors(path, vocab_size):
+    """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance: of a safetensors file with wte.weight, or, for no path, of the
+    public checkpoint, fetched once. ValueError if they cannot be had or are for another vocabulary."""
+    try:
+        from safetensors import safe_open
+        if not path:
+            from huggingface_hub import hf_hub_download
+            path = hf_hub_download("openai-community/gpt2", "model.safetensors")
+        with safe_open(path, "pt") as file:
+            table = file.get_tensor(next(name for name in file.keys() if name.endswith("wte.weight"))).float()
+    except ImportError:
+        raise ValueError("prompt_table=gpt2 is read with safetensors; pip install safetensors") from None
+    except Exception as error:              # of the hub, of files, of safetensors; StopIteration if no such tensor is there
+        why = (str(error) or "no tensor wte.weight").splitlines()[0]
+        raise ValueError(f"cannot read GPT-2's vectors from {path or 'the hub'} ({why}); name a copy of openai-community/gpt2's "
+                         "model.safetensors with --prompt_file") from None
+    if table.shape != (vocab_size, GPT2_DIM):
+        raise ValueError(f"GPT-2's vectors are {tuple(table.shape)}, and this text needs {(vocab_size, GPT2_DIM)}: they are for GPT-2's "
+                         "tokenizer; prepare the text with --tokenizer=gpt2, or use --prompt_table=learned")
+    return (table / table.std()).half()
 
 
 def download(name):

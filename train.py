@@ -21,6 +21,7 @@ class Config(ModelConfig):
     # data and output
     dataset: str = "fineweb,pydoc"       # folder, or name under data/; of several the first that is prepared
     init_from: str = ""                  # begin with the averaged network of this checkpoint (file, folder, hf:user/name); "": a new one
+    prompt_file: str = ""                # for prompt_table=gpt2: a model.safetensors with wte.weight; "": fetched from the hub, once
     out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
     resume: bool = False                 # continue from the newest checkpoint in out_dir
     # the optimizer step
@@ -149,8 +150,8 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import (KERNEL, LATER, SCORES, Peak, SunFish, add_lora, choose_device, find_checkpoint, fingerprint, flops_per_token, has_bf16,
-                   in_chunks, keep_memory, loss_in_chunks, model_config, peak_flops, peak_gb, write_checkpoint)
+from model import (KERNEL, LATER, SCORES, Peak, SunFish, add_lora, choose_device, find_checkpoint, fingerprint, flops_per_token, gpt2_vectors,
+                   has_bf16, in_chunks, keep_memory, loss_in_chunks, model_config, peak_flops, peak_gb, write_checkpoint)
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_examples, read_meta, read_shard
 from sample import Config as SampleConfig, sample, until
 
@@ -821,6 +822,8 @@ def share_frozen(ema, net):
         for name, p in theirs.named_parameters(recurse=False):
             if not p.requires_grad:
                 mine.register_parameter(name, p)
+        for name, x in theirs.named_buffers(recurse=False):
+            mine.register_buffer(name, x)
 
 
 def distribute(cfg, net, ema, device, dtype, compiled):
@@ -1003,22 +1006,33 @@ def new_network(cfg, vocab_size, log_unigram=None):
     return net
 
 
-def first_weights(cfg, windows, base):
-    """The state of a new network, with the weights of `base`, if there is one."""
+def given_weights(cfg, base, vocab_size):
+    """What a new network begins with, on the first process: all of `base`, GPT-2's vectors, or nothing."""
+    resumes = cfg.resume and any(Path(cfg.out_dir).glob("ckpt_*.pt"))
+    if base or rank() or resumes or cfg.prompt_table == "learned":
+        return base["ema"] if base else {}
+    try:
+        return {"prompt_table": gpt2_vectors(cfg.prompt_file, vocab_size)}
+    except ValueError as error:
+        fail(error)
+
+
+def first_weights(cfg, windows, given):
+    """The state of a new network, with weights that are given."""
     torch.manual_seed(mix(cfg.seed, "weights"))         # hashed, or noise drawn with a plain seed would repeat them
-    weights = new_network(cfg, windows.vocab_size, None if base else windows.unigram()).state_dict()
-    return {**weights, **base["ema"]} if base else weights
+    weights = new_network(cfg, windows.vocab_size, None if "table" in given else windows.unigram()).state_dict()
+    return {**weights, **given}
 
 
-def build(cfg, windows, checkpoint, base, device, dtype, compiled):
-    """raw_model, ema, model and optimizer: from the checkpoint of the first process, or made by it."""
+def build(cfg, windows, checkpoint, given, device, dtype, compiled):
+    """raw_model, ema, model and optimizer: from the checkpoint of the first process, or made by it with the weights that are given."""
     with torch.device("meta"):
         raw_model, ema = (new_network(cfg, windows.vocab_size) for _ in range(2))
     ema.requires_grad_(False)
     model = distribute(cfg, raw_model, ema, device, dtype, compiled)
     optimizer, resumed, state = make_optimizer(raw_model, cfg), share(bool(checkpoint)), dict(checkpoint or {})
     if rank() == 0 and (cfg.lora_rank or not checkpoint):
-        weights = first_weights(cfg, windows, base)
+        weights = first_weights(cfg, windows, given)
         state.update({name: {**weights, **state.get(name, {})} for name in ("model", "ema")})
     restore_state(state, raw_model, ema, optimizer if resumed else None)
     return raw_model, ema, model, optimizer
@@ -1042,19 +1056,20 @@ def main(cfg):
         fail(f"the data of process {rank()}, {data['label']}, is not that of process 0; prepare the same on every machine")
     check_tokenizer(cfg, data, base)
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
+    given = given_weights(cfg, base, vocab_size)
 
     log = checkpoint = None
     if rank() == 0:
         log_in(cfg)
         file, checkpoint = open_out_dir(cfg, data)
-        named = {"base": fingerprint(base["ema"])} if cfg.lora_rank else {}
+        named = {"base": fingerprint(given)} if cfg.lora_rank else {}
         if checkpoint and checkpoint.get("base") != named.get("base"):
             fail(f"the adapter in {cfg.out_dir} was trained on the network {checkpoint['base']}, and init_from={cfg.init_from} is {named['base']}")
         log = Log(cfg, file, checkpoint["step"] if checkpoint else 0, checkpoint and checkpoint["wandb_id"])
     start, spikes = share((checkpoint["step"], checkpoint["spikes"]) if checkpoint else (0, (0, 0.0, 0.0, 0)))
 
-    raw_model, ema, model, optimizer = build(cfg, train_windows, checkpoint, base, device, dtype, compiled)
-    del checkpoint, base
+    raw_model, ema, model, optimizer = build(cfg, train_windows, checkpoint, given, device, dtype, compiled)
+    del checkpoint, base, given
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     print(f"settings: {describe(cfg)}")

@@ -153,7 +153,7 @@ def line(what, took, floor=None, **more):
 def make_step(shape, vocab_size, device, dtype, compiled):
     """A function that makes one optimizer step as train.py does."""
     windows, guessed = Random(shape, vocab_size), []
-    net, ema, model, optimizer = train.build(shape, windows, None, None, device, dtype, compiled)
+    net, ema, model, optimizer = train.build(shape, windows, None, {}, device, dtype, compiled)
 
     def counted(batches):
         for batch in batches:

@@ -20,7 +20,7 @@ import configurator
 import diffusion
 import model
 import train
-from model import SunFish, flops_per_token, read_checkpoint
+from model import SunFish, find_checkpoint, flops_per_token, load_model, read_checkpoint
 
 def config(*args):
     return configurator.load(train.Config, [*SIZE, *args])
@@ -143,7 +143,7 @@ class CountFlops(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--cross_every=3", "--n_embd=128", "--head=tied"],
-                                  ["--objective=eps"]])
+                                  ["--objective=eps"], ["--prompt_table=gpt2"]])
 def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     cfg = config("--n_layer=3", "--n_embd=64", "--token_dim=32", "--block_size=32", *args)
     net, group = SunFish(cfg, 300), torch.arange(32).expand(2, -1) // 4
@@ -417,3 +417,53 @@ def test_scores_in_chunks_give_the_loss_and_gradients_of_scores_as_a_whole(windo
     assert largest >= 8 * 16 * 320 * 4 > small
     assert chunked == pytest.approx(whole, rel=1e-6) and len(grads) == len(others) > 10
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, others, strict=True))
+
+
+# ---- GPT-2's vectors for the prompt ----
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    """A made-up file with a wte.weight of 300 rows, and that tensor."""
+    save_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file
+    path, table = tmp_path_factory.mktemp("vectors") / "model.safetensors", 0.1 * torch.randn(300, 768, generator=torch.Generator().manual_seed(0))
+    save_file({"wte.weight": table, "wpe.weight": torch.zeros(8, 768)}, path)
+    return path, table
+
+
+def test_a_frozen_table_for_the_prompt_is_read_once_and_never_changes(shards, vectors, tmp_path):
+    path, table = vectors
+    command = ["train.py", *SIZE, f"--dataset={shards}", "--prompt_table=gpt2", f"--prompt_file={path}", "--save_interval=3"]
+    call([*command, f"--out_dir={tmp_path / 'whole'}", "--max_steps=6"])
+    call([*command, f"--out_dir={tmp_path / 'run'}", "--max_steps=6"])
+    (tmp_path / "run" / "ckpt_00000006.pt").unlink()
+    call([*command, f"--out_dir={tmp_path / 'run'}", "--max_steps=6", "--resume=True", "--prompt_file=gone.safetensors"])
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    found = find_checkpoint(tmp_path / "run")[1]
+    for name in ("model", "ema"):
+        kept = found[name]["prompt_table"]
+        assert kept.dtype == torch.float16 and torch.allclose(kept.float(), table / table.std(), atol=2e-3)
+    net, seen = load_model(found), torch.ones(1, 4, dtype=torch.bool)
+    net.blocks[1].cross_gate.fill_(1.0)
+    torch.nn.init.normal_(net.head.weight)
+
+    def answer(ids):
+        return net(torch.zeros(1, 16, 16), torch.full((1, 16), -9.0), torch.zeros(1, 16, 16), torch.tensor([ids]), seen)
+    before = answer([1, 2, 3, 4])
+    net.prompt_table[9] += 1
+    assert torch.equal(answer([1, 2, 3, 4]), before) and not torch.allclose(answer([1, 2, 3, 9]), before)
+    net.prompt_table[3] += 1
+    assert not torch.allclose(answer([1, 2, 3, 4]), before)
+    call(["sample.py", f"--checkpoint={tmp_path / 'run'}", "--prompt=" + "a dog " * 8, "--seq_len=4"])
+
+
+def test_vectors_that_do_not_fit_are_refused_and_leave_nothing(shards, vectors, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    save_file({"wte.weight": torch.zeros(299, 768)}, tmp_path / "short.safetensors")
+    save_file({"other": torch.zeros(300, 768)}, tmp_path / "other.safetensors")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for file, words in ((tmp_path / "short.safetensors", "prepare the text with --tokenizer=gpt2"), (tmp_path / "other.safetensors", "no tensor wte.weight"),
+                        (tmp_path / "gone.safetensors", "cannot read GPT-2's vectors"), ("", "from the hub")):
+        err = call(["train.py", *SIZE, f"--dataset={shards}", "--prompt_table=gpt2", f"--prompt_file={file}", f"--out_dir={tmp_path / 'run'}"], 2).stderr
+        assert words in err and err.count("\n") == 1 and not (tmp_path / "run").exists(), err
