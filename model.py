@@ -537,7 +537,8 @@ def flops_per_token(model, in_turns):
     prompt, read = cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) / T, model.prompt_in.weight.numel() * P / T
     last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
     level = 32 * d + 3 * d * d                                                  # one for all in the clean pass
-    return ((6 if model.prompt_table is None else 4) * read + 6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (4 if cfg.head == "full" else 6) * table + 4 * table)
+    return (6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (6 if model.prompt_table is None else 4) * read
+            + (4 if cfg.head == "full" else 6) * table + 4 * table)
 
 
 def keep_memory():
