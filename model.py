@@ -434,14 +434,15 @@ class Int8(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
-def quantize(model, dtype, by_torchao=True):
-    """Make the weights of a network's linear layers int8, in place, by torchao if it is installed; returns by what. Table, norms
-    and the products themselves stay in dtype."""
+def quantize(model, dtype, by_torchao):
+    """Make the weights of a network's linear layers int8, in place, by torchao if it is wanted and installed; returns by what. Table,
+    norms and the products themselves stay as they are. On a CPU torchao is slower and larger than Int8 (bench/LOG.md)."""
     full = model.cfg.head == "full" and model.cfg.objective != "eps"
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and (full or m is not model.head)}
     model.apart = full
     if by_torchao and importlib.util.find_spec("torchao"):
-        logging.getLogger("torchao").setLevel(logging.ERROR)             # kernels for other hardware that it did not find
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)              # kernels for other hardware that it did not find
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
         for layer in layers.values():
             layer.to(dtype)
@@ -701,7 +702,7 @@ def to_read(model, device, dtype, int8=False):
     """The network, ready to use, the weights of its products in dtype, or in int8."""
     model.requires_grad_(False)
     if int8:
-        quantize(model, dtype)
+        quantize(model, dtype, torch.device(device).type == "cuda")
     for module in model.modules():
         if type(module) is nn.Linear:
             module.to(dtype)

@@ -447,8 +447,8 @@ def write_shards(cfg, meta, path):
     texts = itertools.islice(texts, meta["documents"], None)
     train, val = array("H"), array("H")                 # tokens that no shard has yet
     start = meta["offset"]                              # in the first document: the last shard ends there
-    for tokens, is_val, replaced, _ in encode_all(texts, cfg, meta, goal):
-        (val if is_val else train).frombytes(tokens[start:].tobytes())
+    for tokens, place, replaced, _ in encode_all(texts, cfg, meta, goal):
+        (val if place < cfg.val_fraction else train).frombytes(tokens[start:].tobytes())
         start = 0
         while len(train) > size and meta["train_tokens"] + size < goal:
             meta["offset"] = len(tokens) - len(train) + size
@@ -475,22 +475,23 @@ def read_tokenizer(folder):
 
 def write_examples(cfg, meta, path):
     """Write the examples of a part and `meta` to `path`, at once: a shard of each split, for they are few. Those for validation
-    are a twentieth at least, up to 128."""
+    are a twentieth at least, up to 128; one instruction is on one side only."""
     i, n = map(int, cfg.part.split("/"))
     goal = -(-parse_count(cfg.max_tokens) // n) or sys.maxsize
     _, examples = open_source(cfg.source, meta["revision"], cfg.subset, (i, n))
-    train, val, read = [], [], 0
-    for tokens, is_val, replaced, lengths in encode_all(examples, cfg, meta, goal):
-        read += 0 if is_val else len(tokens)
-        if read > goal:
+    rows, read = [], 0
+    for tokens, place, replaced, lengths in encode_all(examples, cfg, meta, goal):
+        read += len(tokens)
+        if rows and read > goal:
             break
-        (val if is_val else train).append((tokens, lengths))
+        rows.append((place, tokens, lengths))
         meta["documents"] += 1
         meta["replaced"] += replaced
-    missing = max(1, min((len(train) + len(val)) // 20, 128)) - len(val) if cfg.val_fraction else 0
-    train, moved = (train[:-missing], train[-missing:]) if 0 < missing < len(train) else (train, [])
+    least = sorted(row[0] for row in rows)[max(0, min(len(rows) // 20, 128) - 1)] if cfg.val_fraction else -1
+    sides = [row for row in rows if row[0] > max(least, cfg.val_fraction)], [row for row in rows if row[0] <= max(least, cfg.val_fraction)]
+    splits = [[row[1:] for row in side] for side in (sides if sides[0] else sides[::-1])]
+    splits = [list(zip(*side, strict=True)) or ((), ()) for side in splits]
     meta["finished"] = True
-    splits = [list(zip(*rows, strict=True)) or ((), ()) for rows in (train, moved + val)]
     save(path, meta, *(np.concatenate(tokens) if tokens else () for tokens, _ in splits), lengths=[lengths for _, lengths in splits])
     path.with_suffix(".lock").unlink()
 
@@ -506,8 +507,8 @@ def balance(train, val, meta):
 
 
 def encode_all(texts, cfg, meta, goal):
-    """(tokens, is it for validation, bytes replaced, lengths of the parts) of each document in order, by threads: tiktoken
-    releases the GIL."""
+    """(tokens, place in 0 .. 1, bytes replaced, lengths of the parts) of each document in order, by threads: tiktoken releases the
+    GIL. The place is a hash of its first part; up to val_fraction it is for validation."""
     from tqdm import tqdm
     tokenizer, workers = get_tokenizer(meta["tokenizer"]), cfg.workers or os.cpu_count()
 
@@ -517,10 +518,10 @@ def encode_all(texts, cfg, meta, goal):
             data, replaced = re.subn(b"\xed[\xa0-\xbf].", "\ufffd".encode(), text.encode("utf-8", "surrogatepass"))
             text = data.decode() if replaced else text      # U+FFFD for each lone surrogate; a str is slower to search
             digest = hashlib.blake2b(data, digest_size=8).digest()              # the same in any order and part
-            found.append((encode(tokenizer, text), int.from_bytes(digest, "little") < cfg.val_fraction * 2**64, replaced))
-        (first, is_val, replaced), *rest = found            # one instruction is for training or validation, whatever the response
+            found.append((encode(tokenizer, text), int.from_bytes(digest, "little") / 2**64, replaced))
+        (first, place, _), *rest = found
         tokens = np.concatenate([first, *(np.roll(tokens, -1) for tokens, _, _ in rest)]) if rest else first
-        return tokens, is_val, sum(row[2] for row in found), [len(row[0]) for row in found]
+        return tokens, place, sum(row[2] for row in found), [len(row[0]) for row in found]
 
     with (ThreadPoolExecutor(workers) as pool,
           tqdm(total=goal if goal < sys.maxsize else None, initial=meta["train_tokens"], unit=" tokens",
