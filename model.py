@@ -423,11 +423,17 @@ class Int8(nn.Module):
 
     def __init__(self, layer, dtype):
         super().__init__()
-        weight, self.dtype = layer.weight.float(), dtype                        # of what it multiplies with
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale[:, 0].to(dtype))
+        self.dtype = dtype                                                      # of what it multiplies with
+        rows = [self.round(weight.float()) for weight in layer.weight.split(1024)]      # few at a time, to save memory
+        weight, scale = map(torch.cat, zip(*rows, strict=True))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.to(dtype))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(dtype))
+
+    @staticmethod
+    def round(weight):
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        return (weight / scale[:, None]).round().to(torch.int8), scale
 
     def forward(self, x):
         x = F.linear(x, self.weight.to(self.dtype)) * self.scale
