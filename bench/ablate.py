@@ -32,6 +32,7 @@ VARIANTS = {
     "self_conditioning=0": dict(self_conditioning=0.0), "self_conditioning=0 seed=2": dict(self_conditioning=0.0, seed=2),
     "self_conditioning=1": dict(self_conditioning=1.0),
     "width=32": dict(token_dim=32), "width=128": dict(token_dim=128), "width=256": dict(token_dim=256),
+    "prompt_table=gpt2": dict(prompt_table="gpt2"), "prompt_table=gpt2 seed=2": dict(prompt_table="gpt2", seed=2),
     "ema=0": dict(ema_decay=0.0), "lr=1.5e-3": dict(learning_rate=1.5e-3), "lr=6e-3": dict(learning_rate=6e-3),
 }
 
@@ -43,6 +44,7 @@ class Config:
     only: str = ""                   # comma list: variants whose names begin so; "": all. The default is always there
     spans: str = "1,2,8,0"           # the bound of writing so many tokens together; 0 is all at once
     streams: str = "2,8"             # the bound of single tokens in so many streams
+    prompt_file: str = ""            # for prompt_table=gpt2, as in train.py
     sequences: int = 1024            # windows for each bound
     steps: int = 600                 # optimizer steps of each run
 
@@ -80,7 +82,8 @@ def run(cfg, name, settings):
     folder = Path(cfg.out) / f"{name} {cfg.steps}".replace(" ", "_")
     found = find_checkpoint(folder) if folder.exists() else None
     if not found:
-        arguments = {**SIZE, "device": "cpu", "max_steps": cfg.steps, **settings, "dataset": cfg.dataset, "out_dir": folder}
+        arguments = {**SIZE, "device": "cpu", "max_steps": cfg.steps, **settings, "dataset": cfg.dataset, "out_dir": folder,
+                     "prompt_file": cfg.prompt_file}
         command = [sys.executable, ROOT / "train.py", *(f"--{key}={value}" for key, value in arguments.items())]
         done = subprocess.run(command, text=True, capture_output=True)
         if done.returncode:
@@ -91,10 +94,11 @@ def run(cfg, name, settings):
 
 
 @torch.no_grad()
-def bounds(model, schedule, idx, ways):
-    """Bound and its error for each way, a span size and a number of streams, at the noise levels of a fitted schedule (3,)."""
+def bounds(model, schedule, idx, before, ways):
+    """Bound and its error for each way, a span size and a number of streams, at the noise levels of a fitted schedule (3,); last,
+    token by token after the tokens before each window."""
     model.cfg, model.schedule.data = dataclasses.replace(model.cfg, schedule="gumbel"), schedule
-    return [train.measure(model, idx, 128, size, streams=n, bands=0) for size, n in ways]
+    return [*(train.measure(model, idx, 128, size, streams=n, bands=0) for size, n in ways), train.measure(model, idx, 128, 1, bands=0, **before)]
 
 
 def main(cfg):
@@ -102,16 +106,16 @@ def main(cfg):
     torch.set_num_threads(1)
     begun, table, schedule = time.perf_counter(), [], None
     ways = [(int(size), 1) for size in cfg.spans.split(",")] + [(1, int(n)) for n in cfg.streams.split(",")]
-    titles = [f"{n} streams" if n > 1 else str(size) for size, n in ways]
+    titles = [f"{n} streams" if n > 1 else str(size) for size, n in ways] + ["1, prompted"]
     wanted = [name for name in VARIANTS if name == "default" or name.startswith(tuple(cfg.only.split(",")))]
     _, _, windows = train.open_data(train.Config(**{**SIZE, "dataset": cfg.dataset}))
-    idx = train.eval_windows(windows, cfg.sequences)
+    idx, before = train.eval_examples(windows, cfg.sequences)
     print(f"{cfg.steps} steps of {SIZE['batch_tokens']:,} tokens, {len(idx):,} windows, {cfg.dataset}; bound in nats a token of writing "
           f"so many tokens at a time (0: all)\n{'':28}" + "".join(f"{title:>16}" for title in titles) + "   ms a step")
     for name in wanted:
         model, step_ms = run(cfg, name, VARIANTS[name])
         schedule = model.schedule.data.clone() if schedule is None else schedule
-        found = bounds(model, schedule, idx, ways)
+        found = bounds(model, schedule, idx, before, ways)
         print(f"{name:28}" + "".join(f"{row['bound']:9.3f} +-{row['bound_error']:5.3f}" for row in found) + f"{step_ms:12.0f}", flush=True)
         table.append({"name": name, "settings": VARIANTS[name], "step_ms": step_ms,
                       "bounds": {size: [row["bound"], row["bound_error"]] for size, row in zip(titles, found, strict=True)}})
