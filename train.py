@@ -656,9 +656,10 @@ def begin_with(cfg):
 def check_tokenizer(cfg, data, base):
     """Refuse data with another tokenizer than that of the network that is to be trained on."""
     if base and data["tokenizer"] != base["data"]["tokenizer"]:
+        theirs = base["data"]["tokenizer"]["name"]
         fail(f"dataset={cfg.dataset} has the tokenizer {data['tokenizer']['name']} of {data['vocab_size']:,} ids, and init_from={cfg.init_from} "
-             f"{base['data']['tokenizer']['name']} of {base['data']['vocab_size']:,}; prepare the text with its tokenizer: "
-             f"--tokenizer=FOLDER, where FOLDER has the shards that it was trained on")
+             f"{theirs} of {base['data']['vocab_size']:,}; prepare the text with "
+             + ("--tokenizer=gpt2" if theirs == "gpt2" else "--tokenizer=FOLDER, a folder with shards or an export of that network"))
 
 
 def check_resumable(cfg, data, checkpoint):
@@ -750,6 +751,7 @@ def dry_run(cfg):
     with torch.device("meta"):
         net = new_network(cfg, vocab_size)
     n, table, head = sum(p.numel() for p in net.parameters()), net.table.numel(), sum(p.numel() for p in net.head.parameters())
+    kept = sum(p.numel() for p in net.parameters() if p.requires_grad or not cfg.lora_rank)
     state, most = estimate_memory(cfg, vocab_size, device, dtype)
     sharded = (state + 4 * n) / 8 + most - state - 4 * n
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
@@ -758,7 +760,7 @@ def dry_run(cfg):
     print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens")
     print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak {(most + process) / 1e9:.2f} "
           f"GB; with parallel=fsdp about {(sharded + process) / 1e9:.2f} GB on each of 8")
-    print(f"checkpoint: {n * 16 / 1e9:.2f} GB, about {n * 16 / DISK:.1f} s on a disk that writes {DISK / 1e9:.0f} GB a second")
+    print(f"checkpoint: {kept * 16 / 1e9:.2f} GB, about {kept * 16 / DISK:.1f} s on a disk that writes {DISK / 1e9:.0f} GB a second")
 
 
 def describe_batch(cfg):
@@ -1057,6 +1059,8 @@ def main(cfg):
     check_tokenizer(cfg, data, base)
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
     given = given_weights(cfg, base, vocab_size)
+    if data["kind"] == "instructions" and not cfg.init_from:
+        print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
     log = checkpoint = None
     if rank() == 0:

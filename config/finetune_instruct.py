@@ -1,7 +1,7 @@
 """Answers to instructions, token by token until they end; begins with --init_from=CHECKPOINT, whose network it takes."""
 dataset = "instruct"
 out_dir = "out/instruct"
-batch_size = 16
+batch_size = 8
 batch_tokens = 8192              # 16 examples in windows of 512, or 64 in windows of 128
 max_steps = 300
 learning_rate = 5e-4
