@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -218,6 +219,19 @@ def test_adapters_of_another_network_are_refused(command, base, answering, tmp_p
     assert "no adapters at lora" in call(["sample.py", f"--lora={tmp_path / 'nowhere'}"], 2).stderr
     assert "is an adapter" in call([*command, f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'new'}"], 2).stderr
     assert "was trained on the network" in call([*args, "--resume=True", "--max_steps=3", f"--init_from={answering}"], 2).stderr
+
+
+def test_a_dry_run_says_how_small_a_checkpoint_of_adapters_is(command, tmp_path):
+    def said(*args):
+        out = call([*command, "--dry_run=True", f"--out_dir={tmp_path / 'run'}", *args]).stdout
+        return [float(re.search(pattern, out)[1]) for pattern in (r"average and optimizer ([\d.]+) GB", r"checkpoint: ([\d.]+) GB")]
+    whole, adapters = said("--token_dim=16"), said("--lora_rank=2")
+    assert adapters[1] <= whole[1] and adapters[0] <= whole[0] and not (tmp_path / "run").exists()
+
+
+def test_examples_without_a_network_to_begin_with_are_warned_about(command, tmp_path):
+    err = call([*command, "--init_from=", f"--out_dir={tmp_path / 'run'}", "--max_steps=1"]).stderr
+    assert "a new network learns from these examples alone" in err
 
 
 def test_adapters_of_micro_are_small():
