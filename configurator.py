@@ -86,7 +86,8 @@ def fail(message, code=2) -> typing.NoReturn:
 def load(Config, argv=None):
     """An instance of the dataclass `Config` from its defaults, the config files and the command line, in this order.
 
-    If `Config` has a method `check`, it is called, and a ValueError it raises becomes the one-line error.
+    If `Config` has a method `check`, it is called, and a ValueError it raises becomes the one-line error. What was set is kept
+    as a frozenset of names, `given`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     hints = typing.get_type_hints(Config)
@@ -101,6 +102,7 @@ def load(Config, argv=None):
         settings.update(read_config(path, kinds))
     settings.update({name: convert(name, text, kinds[name], "--") for name, text in given})
     cfg = Config(**settings)
+    object.__setattr__(cfg, "given", frozenset(settings))           # a frozen dataclass, and no setting
     try:
         if hasattr(cfg, "check"):
             cfg.check()

@@ -596,16 +596,26 @@ def read_checkpoint(path):
 def write_export(folder, content, **more):
     """Write the averaged network of a checkpoint's content to a folder, to be shared: model.safetensors, config.json with `more`
     plain values, tokenizer.json. Raises ImportError without the safetensors package, and OSError."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = {key: value for key, value in content["data"].items() if key != "tokenizer"}
     config = dict(model_type="sunfish", format=FORMAT, step=content["step"], fingerprint=fingerprint(content["ema"]),
                   config=dataclasses.asdict(model_config(content)), data=data, **more)
-    save_file({name: x.contiguous() for name, x in content["ema"].items()}, folder / "model.safetensors")
+    try:
+        save_file({name: x.contiguous() for name, x in content["ema"].items()}, folder / "model.safetensors")
+    except SafetensorError as error:                    # a full disk
+        raise OSError(error) from None
     (folder / "model.safetensors").chmod(0o644)                         # it would be for its owner only
     for name, values in (("tokenizer", content["data"]["tokenizer"]), ("config", config)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_export(folder):
+    """Whether a folder holds what `write_export` writes, sound or not."""
+    config = folder / "config.json"
+    return (folder / "model.safetensors").exists() and config.exists() and '"model_type": "sunfish"' in config.read_text(errors="replace")
 
 
 def read_export(folder):
@@ -613,14 +623,14 @@ def read_export(folder):
     try:
         from safetensors.torch import load_file
         config, tokenizer = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "tokenizer"))
-        weights = load_file(folder / "model.safetensors")
+        content = {**config, "data": {**config["data"], "tokenizer": tokenizer}, "ema": load_file(folder / "model.safetensors")}
     except ImportError:
         raise ValueError(f"{folder} is read with safetensors; pip install safetensors") from None
     except Exception as error:              # of json, of files, of safetensors
         raise ValueError(f"{folder} is not a sound export ({(str(error) or type(error).__name__).splitlines()[0]})") from None
-    if config.get("format") != FORMAT or config.get("fingerprint") != fingerprint(weights):
+    if content.get("format") != FORMAT or content.get("fingerprint") != fingerprint(content["ema"]):
         raise ValueError(f"{folder} is not a sound export of format {FORMAT}: its weights are not those that config.json names")
-    return {**config, "data": {**config["data"], "tokenizer": tokenizer}, "ema": weights}
+    return content
 
 
 def gpt2_vectors(path, vocab_size):

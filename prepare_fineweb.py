@@ -268,8 +268,9 @@ def open_source(source, revision="", subset="", part=(0, 1)):
         files = find_files(source)
         revision = f"{len(files)} file{'s'[:len(files) - 1]}, {sum(path.stat().st_size for path in files):,} bytes"
         files, (i, n) = (files[i::n], (0, 1)) if len(files) >= n else (files, part)
-        texts = of_one_kind(text for path in files for text in read_file(path))
-    return revision, itertools.islice((text for text in texts if all(part.strip() for part in parts_of(text))), i, None, n)
+        texts = (text for path in files for text in read_file(path))
+    filled = (text for text in texts if all(part.strip() for part in parts_of(text)))
+    return revision, itertools.islice(of_one_kind(filled), i, None, n)
 
 
 def of_one_kind(documents):
@@ -322,11 +323,11 @@ def read_file(path):
 def read_record(row):
     """The text of a row, or its example (instruction, response); ValueError if it has neither."""
     strings = {key: value for key, value in row.items() if isinstance(value, str)} if isinstance(row, dict) else {}
-    if "text" in strings:
-        return strings["text"]
     for asked, context, answer in RECORDS:
         if asked in strings and answer in strings:
             return ask(strings[asked], strings.get(context, "")), " " * bool(strings[answer].strip()) + strings[answer].strip()
+    if "text" in strings:
+        return strings["text"]
     raise ValueError('no string under the key "text", nor under "instruction" and "output", nor "prompt" and "response"')
 
 
@@ -334,7 +335,8 @@ def read_rows(path, suffix):
     if suffix == ".parquet":
         import pyarrow.parquet
         file = pyarrow.parquet.ParquetFile(path)
-        for batch in file.iter_batches(1000, columns=["text"] if "text" in file.schema_arrow.names else None):
+        wanted = {"text", *itertools.chain(*RECORDS)}
+        for batch in file.iter_batches(1000, columns=[name for name in file.schema_arrow.names if name in wanted]):
             yield from batch.to_pylist()
         return
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
@@ -434,8 +436,10 @@ def open_meta(cfg, path):
     about, licence = ABOUT.get(cfg.source, ("text of your own", "yours"))
     if cfg.source in HUB:
         about, licence = f"{HUB[cfg.source]} {cfg.subset}", "ODC-By 1.0"
-    return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
-            "kind": "text" if isinstance(first, str) else "instructions", "tokenizer": spec,
+    document = "text" if isinstance(first, str) else "instructions"
+    if any(part.get("kind", "text") != document for part in parts.values()):
+        raise ValueError(f"{cfg.source} has text in some parts and instructions in others; prepare them apart")
+    return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence, "kind": document, "tokenizer": spec,
             "vocab_size": get_tokenizer(spec).n_vocab, **dict.fromkeys(COUNTS, 0), "offset": 0, "shards": [], "settings": settings, "finished": False}
 
 
@@ -466,20 +470,20 @@ def write_shards(cfg, meta, path):
 
 def read_tokenizer(folder):
     """The spec of the tokenizer of prepared text, or of an exported network, in `folder`; ValueError if there is none."""
-    if Path(folder, "tokenizer.json").exists():
-        return json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))
-    for part in read_parts(folder).values():
-        return part["tokenizer"]
-    raise ValueError(f"tokenizer={folder} has no meta.json or tokenizer.json; name a folder of prepared text, or choose gpt2 or corpus")
+    file = Path(folder, "tokenizer.json")
+    specs = [json.loads(file.read_text(encoding="utf-8"))] if file.exists() else [part.get("tokenizer") for part in read_parts(folder).values()]
+    if not specs or not isinstance(specs[0], dict) or "name" not in specs[0]:
+        raise ValueError(f"tokenizer={folder} has no meta.json or tokenizer.json of ours; name a folder of prepared text, or choose gpt2 or corpus")
+    return specs[0]
 
 
 def write_examples(cfg, meta, path):
     """Write the examples of a part and `meta` to `path`, at once: a shard of each split, for they are few. Those for validation
-    are a twentieth at least, up to 128; one instruction is on one side only."""
+    are val_fraction of them, or 3 %; one instruction is on one side only, unless there is no other."""
     i, n = map(int, cfg.part.split("/"))
     goal = -(-parse_count(cfg.max_tokens) // n) or sys.maxsize
     _, examples = open_source(cfg.source, meta["revision"], cfg.subset, (i, n))
-    rows, read = [], 0
+    rows, read, share = [], 0, max(cfg.val_fraction, 0.03 * bool(cfg.val_fraction))
     for tokens, place, replaced, lengths in encode_all(examples, cfg, meta, goal):
         read += len(tokens)
         if rows and read > goal:
@@ -487,11 +491,11 @@ def write_examples(cfg, meta, path):
         rows.append((place, tokens, lengths))
         meta["documents"] += 1
         meta["replaced"] += replaced
-    least = sorted(row[0] for row in rows)[max(0, min(len(rows) // 20, 128) - 1)] if cfg.val_fraction else -1
-    sides = [row for row in rows if row[0] > max(least, cfg.val_fraction)], [row for row in rows if row[0] <= max(least, cfg.val_fraction)]
-    splits = [[row[1:] for row in side] for side in (sides if sides[0] else sides[::-1])]
-    splits = [list(zip(*side, strict=True)) or ((), ()) for side in splits]
-    meta["finished"] = True
+    train, val = ([row[1:] for row in rows if (row[0] < share) == is_val] for is_val in (False, True))
+    for full, empty in ((train, val), (val, train)):
+        if share and n == 1 and not empty and len(full) > 1:
+            empty.append(full.pop())
+    splits, meta["finished"] = [list(zip(*side, strict=True)) or ((), ()) for side in (train, val)], True
     save(path, meta, *(np.concatenate(tokens) if tokens else () for tokens, _ in splits), lengths=[lengths for _, lengths in splits])
     path.with_suffix(".lock").unlink()
 

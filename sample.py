@@ -19,7 +19,7 @@ class Config:
     lora: str = ""                   # file or folder of adapters; the checkpoint is then their base, by default where it was
     mode: str = "generate"           # generate, or infill with --text
     prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin, empty is none
-    text: str = ""                   # infill: text with [MASK] (4 tokens) or [MASK:n] (n tokens)
+    text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits best) or [MASK:n] (n tokens)
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
     sampler: str = "ddim"            # ddim, or ddpm (eta=1)
@@ -69,6 +69,7 @@ if __name__ == "__main__":
     CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
 
 import json                                                                                # noqa: E402
+import math
 import re
 import sys
 import time
@@ -77,7 +78,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model, merged, write_export
+from model import LATER, choose_device, find_checkpoint, has_bf16, is_export, keep_memory, load_model, merged, write_export
 from prepare_fineweb import ask, get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -152,7 +153,7 @@ def fill(model, cfg, parts, numbers, watch=None):
     idx, known = lay_out(parts)
     texts = idx.repeat(len(numbers), 1)
     if watch:
-        watch.frames.clear()                            # of lengths that were tried
+        watch.frames = []                               # those so far were of lengths that were tried
     while not known.all():
         start, stop, canvas = canvas_of(texts, known, int((~known).nonzero()[0]), model.cfg)
         if watch:
@@ -170,19 +171,20 @@ def nats(model, tokens, prompt):
     level = diffusion.log_snr(torch.full_like(tokens, model.cfg.timesteps), diffusion.make_schedule(model.cfg, model.schedule))
     with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
         past = model.look_back(model.remember(tokens, group, prompt, seen, E), group)
-        return diffusion.ce_loss(model(x_T, level, torch.zeros_like(x_T), prompt, seen, past, E), tokens)
+        output = model(x_T, level, torch.zeros_like(x_T), prompt, seen, past, E)
+    return diffusion.ce_loss(diffusion.make_read(model.cfg, E, model.vocab_size)(output, x_T, level)[1], tokens)
 
 
 def try_length(model, cfg, parts, i, n, number, watch):
-    """What it costs to fill part i, an open blank, with n tokens, and n: (nats a token, n). The cost is of what stands behind it, up to the next blank: a fill of
-    the right length makes that likely. Nothing need be normalised, for these tokens are the same for every n (bench/LOG.md). Where
-    nothing stands behind it, the cost is of a token of the fill."""
+    """What it costs to fill part i, an open blank, with n tokens, and n: (nats a token, n). The cost is of what stands behind it, up
+    to the next blank: a fill of the right length makes that likely. Nothing need be normalised, for these tokens are the same for
+    every n (bench/LOG.md). Where nothing stands behind it, the cost is of a token of the fill."""
     idx, known = lay_out([*parts[:i], n, *parts[i + 1:]])
     at = len(lay_out(parts[:i])[0])
     start, stop, canvas = canvas_of(idx[None], known, at, model.cfg)
     made = sample(model, cfg, canvas, [number], watch)
     costs, at = nats(model, made, canvas[2].to(made.device))[0], at - start
-    behind = costs[at + n:][known[start + at + n:stop].to(costs.device).cumprod(0) > 0][:BEHIND]
+    behind = costs[at + n:][known[start + at + n:stop].to(costs.device).cumprod(0) > 0][:min(BEHIND, max(1, (model.cfg.block_size - LONGEST) // 2))]
     return (behind if len(behind) else costs[at:at + n]).mean().item(), n
 
 
@@ -190,13 +192,17 @@ def infill(model, cfg, parts, numbers, watch=None):
     """As `fill`, of a text that may have open blanks: from left to right each takes the best length, in each sample."""
     if 0 not in parts:
         return fill(model, cfg, parts, numbers, watch)
-    texts = []
+    texts, frames = [], []
     for number in numbers:
         chosen = list(parts)
         for i in (i for i, part in enumerate(parts) if part == 0):
             longest = min(LONGEST, model.cfg.block_size // 2)
             chosen[i] = min(try_length(model, cfg, chosen, i, n, number, watch) for n in range(1, longest + 1))[1]
         texts += fill(model, cfg, chosen, [number], watch)
+        if watch:
+            frames, watch.frames = frames or watch.frames, []
+    if watch:
+        watch.frames = frames                           # of the first sample
     return texts
 
 
@@ -351,11 +357,10 @@ def main(cfg):
         fail(error)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
     model, encoding = load_model(checkpoint, device, getattr(torch, dtype), cfg.quantize == "int8"), get_tokenizer(checkpoint["data"]["tokenizer"])
-    if cfg.export:
-        return export(cfg, path, checkpoint, model, encoding)
     if answers and cfg.streams > 1:
         fail(f"streams={cfg.streams}, but this network answers, in one stream, until the answer ends; use --streams=1")
-    prompts, parts = read_prompts(cfg.prompt), read_blanks(cfg.text, encoding.encode_ordinary) if cfg.mode == "infill" else []
+    prompts = read_prompts(cfg.prompt or ("Name three colours." if cfg.export and answers else ""))
+    parts = read_blanks(cfg.text, encoding.encode_ordinary) if cfg.mode == "infill" else []
     if parts:
         idx, known = lay_out(parts)
         canvases = [canvas_of(idx[None], known, int((~known).nonzero()[0]), model.cfg)[2]]
@@ -365,14 +370,20 @@ def main(cfg):
         plans = [plan(cfg, model.cfg, known) for _, known, _ in canvases]
     except ValueError as error:
         fail(error)
+    end = encoding.eot_token if answers else None
+    if cfg.export:
+        return export(cfg, path, checkpoint, model, encoding, prompts[0], canvases[0], end)
     say_what(cfg, f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}", prompts, plans[0], f"{device}, {dtype}")
-    started, tokens, calls, end = time.perf_counter(), 0, 0, encoding.eot_token if answers else None
+    started, tokens, calls = time.perf_counter(), 0, 0
     for prompt, canvas, (*_, steps) in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch = Watch(cfg, encoding, steps)
             if parts:
-                made = infill(model, cfg, parts, numbers, watch)
+                try:
+                    made = infill(model, cfg, parts, numbers, watch)
+                except ValueError as error:                                     # of a length or a window that the steps do not suit
+                    fail(error)
                 tokens += sum(map(len, made)) - len(made) * sum(len(part) for part in parts if isinstance(part, list))
             else:
                 given = int(canvas[1].sum())                                    # the prompt is written as it came
@@ -380,29 +391,26 @@ def main(cfg):
                 made = [until(ids[given:], end) for ids in texts]
                 tokens += sum(map(len, made))
             calls += watch.calls
+            for number, ids in zip(numbers, made, strict=True):
+                write(cfg, prompt, number, encoding.decode(ids), answers)
             if cfg.html and not first and canvas is canvases[0]:
                 shown = made[0] if parts else texts[0][:given + len(made[0])]
                 save_page(cfg.html, diffusion.make_schedule(model.cfg, model.schedule), encoding, shown, watch.frames)
-            for number, ids in zip(numbers, made, strict=True):
-                write(cfg, prompt, number, encoding.decode(ids), answers)
     seconds = time.perf_counter() - started
     say(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
 
 
-def export(cfg, path, content, model, encoding):
+def export(cfg, path, content, model, encoding, prompt, canvas, end):
     """Write the network to a folder, with a model card, to be read by --checkpoint=FOLDER."""
-    answers, folder, data = content["data"].get("kind") == "instructions", Path(cfg.export), content["data"]
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "model.safetensors").exists())):
+    folder, data = Path(cfg.export), content["data"]
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_export(folder))):
         fail(f"export={folder} holds something else; choose a new folder")
-    prompt = cfg.prompt or ("Name three colours." if answers else "")
-    end = encoding.eot_token if answers else None
-    canvas = make_canvas(cfg, model.cfg, prompt, encoding, answers)
     text = until(sample(model, cfg, canvas, range(1), end=end)[0, canvas[1].sum():].tolist(), end)
     log = path.parent / "log.jsonl" if path.is_file() else Path()
-    rows = [json.loads(row) for row in log.read_text().splitlines()] if log.is_file() else []
     found = {"tokens": content.get("tokens"), "bound": content.get("bound"), "bound_error": content.get("bound_error")}
-    for row in (row for row in rows if row["step"] <= content["step"]):
-        found.update({key: row[key] for key in found if key in row})
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        row = json.loads(line) if line.endswith("}") else {"step": math.inf}        # the last may be cut short
+        found.update({key: row[key] for key in found if key in row and row["step"] <= content["step"]})
     about = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "training text": f"{data['label']}; licence: {data.get('licence', 'unknown')}",
              "steps": f"{content['step']:,}", "tokens seen": f"{found['tokens']:,}" if found["tokens"] else "unknown",
              "bound on held-out text": f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, as sample.py writes" if found["bound"] else "not measured",
@@ -476,7 +484,8 @@ def save_page(path, alpha_bar, encoding, ids, frames):
     steps = [[t, round(float((1 - alpha_bar[t]) ** 0.5), 4),
               [[place, encoding.decode([i]), round(p, 3)] for place, i, p in zip(places, now, sure, strict=True) if place < len(ids)]]
              for t, places, now, sure in frames]
-    data = json.dumps(dict(tokens=tokens, steps=[step for step in steps if step[2]])).replace("<", "\\u003c")
+    steps = [step for step in steps if step[2]]         # not those after the end
+    data = json.dumps(dict(tokens=tokens, steps=steps)).replace("<", "\\u003c")
     try:
         Path(path).write_text(PAGE.replace("DATA", data), encoding="utf-8")
     except OSError as error:

@@ -68,8 +68,8 @@ class Config(ModelConfig):
         if self.lora_rank and not self.init_from:
             raise ValueError(f"lora_rank={self.lora_rank} adapts a trained network; name it with --init_from=CHECKPOINT")
         for names, low, high in (
-                ("lora_rank", 0, self.n_embd), ("batch_size batch_tokens max_steps streams log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
-                ("warmup_steps weight_decay grad_clip eval_interval keep_interval", 0, 1e18),
+                ("batch_size batch_tokens max_steps streams log_interval save_interval keep_last", 1, 1e18), ("eval_sequences", 2, 1e18),
+                ("warmup_steps weight_decay grad_clip eval_interval keep_interval lora_rank", 0, 1e18),
                 ("p_given p_whole p_spans span_warmup self_conditioning conditioning_dropout ema_decay", 0, 1),
                 ("learning_rate lora_alpha", 1e-12, 1e3)):
             for name in names.split():
@@ -82,6 +82,13 @@ class Config(ModelConfig):
         for name, known in (("dtype", "auto float32 bfloat16"), ("compile", "auto true false"), ("parallel", "auto ddp fsdp")):
             if getattr(self, name) not in known.split():
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {known}")
+        if not self.init_from:                              # whose network is not known yet
+            self.check_sizes()
+
+    def check_sizes(self):
+        """As `check`, of what has to fit the network."""
+        if self.lora_rank > self.n_embd:
+            raise ValueError(f"lora_rank={self.lora_rank} is more than n_embd={self.n_embd}; 8 is usual")
         n, rest = divmod(self.batch_tokens, self.block_size)
         fits = [i for i in range(1, min(n, 4096) + 1) if n % i == 0 and n // i % min(self.batch_size, n // i) == 0 and not rest]
         if world_size() not in fits:
@@ -360,7 +367,7 @@ def make_sample(cfg, windows, step, i, device):
     idx, before, begun, end = windows.read(permute(place, len(windows), mix(cfg.seed, epoch)))
     rng, places = generator("cpu", cfg.seed, step, i), torch.arange(T)
     counts = (places >= begun) & (places < end)
-    group = torch.where(places < end, choose_turns(cfg, step, counts, rng), LATER)
+    group = torch.where(places < begun, -1, torch.where(places < end, choose_turns(cfg, step, counts, rng), LATER))
     drop, share = torch.rand(2, generator=rng).tolist()
     visible = min(len(before), 1 + int(share * P)) if not begun else len(before)
     if drop < cfg.conditioning_dropout:
@@ -381,7 +388,7 @@ def make_batch(cfg, windows, step, samples, device):
     those that need it, filled up to a quarter, a half or all of the share, so that a compiled step meets four sizes only."""
     made = {i: make_sample(cfg, windows, step, i, device) for i in samples}
     chosen = [i for i in samples if int((i + 1) * cfg.self_conditioning) > int(i * cfg.self_conditioning)]
-    useful = [i for i in chosen if (made[i][2] < cfg.timesteps).any()]
+    useful = [i for i in chosen if ((made[i][2] < cfg.timesteps) & made[i][-1]).any()]
     guesses = next(n for n in (0, len(chosen) // 4, len(chosen) // 2, len(chosen)) if n >= len(useful))
     rows = [made[i] for i in sorted(samples, key=lambda i: (i not in useful, i not in chosen, i))]
     fields = (torch.stack(field).to(device, non_blocking=True) for field in zip(*rows, strict=True))
@@ -547,7 +554,7 @@ def show_answers(model, cfg, encoding, windows, n=3):
     texts = []
     for i in range(n):
         k = (2 * i + 1) * len(windows) // (2 * n)
-        (instruction, response), item = windows.texts(k), windows[k]
+        item, (instruction, response) = windows[k], windows.texts(k)
         canvas = item.idx, torch.arange(cfg.block_size) < item.begun, item.before
         made, = sample(model, SampleConfig(guidance_scale=cfg.guidance_scale), canvas, [i], end=encoding.eot_token)
         answer = until(made[item.begun:].tolist(), encoding.eot_token)
@@ -640,14 +647,15 @@ def begin_with(cfg):
         path, found = found or fail(f"no checkpoint at init_from={cfg.init_from}; name the file, or the folder of a run")
         if "base" in found:
             fail(f"init_from={path} is an adapter; name the network that it was trained on")
-    theirs, default = share(found and dataclasses.asdict(model_config(found))), dataclasses.asdict(ModelConfig())
-    mine = {name: getattr(cfg, name) for name in default if getattr(cfg, name) != default[name]}       # those that were set
+    theirs = share(found and dataclasses.asdict(model_config(found)))
+    mine = {name: getattr(cfg, name) for name in theirs if name in cfg.given}
     wrong = [f"{name}={mine[name]} is {theirs[name]}" for name in mine if name not in RESIZED and mine[name] != theirs[name]]
     if wrong:
         fail(f"{', '.join(wrong)} in init_from={cfg.init_from}; leave it out")
     cfg = dataclasses.replace(cfg, **{**theirs, **mine})
     try:
         cfg.check()
+        cfg.check_sizes()
     except ValueError as error:
         fail(error)
     return cfg, found
@@ -666,7 +674,7 @@ def check_resumable(cfg, data, checkpoint):
     """Refuse another network or other data than the checkpoint's; print what else differs."""
     before = checkpoint["config"]
     fixed = {f.name for f in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}     # and data order
-    before = {f.name: before.get(f.name, "no setting") for f in dataclasses.fields(cfg)}
+    before = {f.name: before.get(f.name, f.default) for f in dataclasses.fields(cfg)}       # a setting that it did not know yet
     changed = [name for name in before if name != "resume" and before[name] != getattr(cfg, name)]
     wrong = [f"{name}={getattr(cfg, name)} is {before[name]}" for name in changed if name in fixed]
     if wrong:
@@ -739,11 +747,12 @@ def dry_run(cfg):
     """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
     keep_memory()
     device, dtype, _ = choose_machine(cfg)
-    cfg, _ = begin_with(cfg)
+    cfg, base = begin_with(cfg)
     folders = (Path(root, name) for name in cfg.dataset.split(",") for root in ("data", ""))
-    vocab_size, label = 50_257, "GPT-2's"
+    vocab_size, label = (base["data"]["vocab_size"], "of init_from") if base else (50_257, "GPT-2's")
     if any(any(folder.glob("*train*.bin")) for folder in folders):
         data, windows, _ = open_data(cfg)
+        check_tokenizer(cfg, data, base)
         vocab_size, label = data["vocab_size"], f"of {data['label']}"
         get_tokenizer(data["tokenizer"])
         windows.unigram()                                       # as main does, so that the process counts with what it holds
@@ -751,9 +760,10 @@ def dry_run(cfg):
     with torch.device("meta"):
         net = new_network(cfg, vocab_size)
     n, table, head = sum(p.numel() for p in net.parameters()), net.table.numel(), sum(p.numel() for p in net.head.parameters())
-    kept = sum(p.numel() for p in net.parameters() if p.requires_grad or not cfg.lora_rank)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    kept = trained if cfg.lora_rank else n
     state, most = estimate_memory(cfg, vocab_size, device, dtype)
-    sharded = (state + 4 * n) / 8 + most - state - 4 * n
+    sharded = (state + 4 * trained) / 8 + most - state - 4 * trained
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
           f"{vocab_size:,} ({label}), table {net.table.size(0):,} rows")
     print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table - head:,} without table and head")
@@ -852,7 +862,7 @@ def distribute(cfg, net, ema, device, dtype, compiled):
     ema.to_empty(device=device)
     if kind != "fsdp":
         share_frozen(ema, net)
-    return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True) if kind == "ddp" else loss_fn
+    return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True, broadcast_buffers=False) if kind == "ddp" else loss_fn
 
 
 # ---- the loop ----
@@ -1044,7 +1054,7 @@ def main(cfg):
     if rank():
         sys.stdout = open(os.devnull, "w")              # one voice; faults still go to stderr
     if cfg.dry_run:
-        return dry_run(cfg)
+        return dry_run(cfg) if rank() == 0 else None
     keep_memory()
     device, dtype, compiled = choose_machine(cfg)
     join_processes(device)
@@ -1059,7 +1069,7 @@ def main(cfg):
     check_tokenizer(cfg, data, base)
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
     given = given_weights(cfg, base, vocab_size)
-    if data["kind"] == "instructions" and not cfg.init_from:
+    if data["kind"] == "instructions" and not cfg.init_from and rank() == 0:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
     log = checkpoint = None
@@ -1124,7 +1134,7 @@ def main(cfg):
         if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
             network = whole_network(ema, cfg, vocab_size, device)
             if log:
-                log.write(step=done, **evaluate(network, cfg, val_windows, encoding))
+                log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(network, cfg, val_windows, encoding))
         if leaving:
             break
     if saved < cfg.max_steps:

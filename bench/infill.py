@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configurator import fail, load        # noqa: E402
+from configurator import load        # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ import diffusion
 import quality
 import sample
 import train
-from model import find_checkpoint, keep_memory, load_model
-from prepare_fineweb import find_dataset
+from model import keep_memory, load_model
 
 
 def cut(windows, longest, seed=1):
@@ -93,9 +92,9 @@ def rate(true, picked, judged, truth):
 def main(cfg):
     keep_memory()
     torch.set_num_threads(1)
-    _, content = find_checkpoint(cfg.checkpoint) or fail(f"no checkpoint at {cfg.checkpoint}")
+    content = quality.open_network(cfg.checkpoint)
     model, judge = load_model(content), quality.open_twin("judge", cfg.judge, content, "cpu")
-    windows = train.eval_windows(train.Windows(find_dataset(cfg.dataset), "val", model.cfg, model.vocab_size), cfg.windows)
+    windows = train.eval_windows(quality.open_val(cfg.dataset, content, model.cfg), cfg.windows)
     true, left, right = cut(windows, sample.LONGEST)
     L, texts = left.size(1), [row[:2 * left.size(1) + n] for row, n in zip(windows, true.tolist(), strict=True)]
     with torch.no_grad():

@@ -42,22 +42,29 @@ import dataclasses                         # noqa: E402
 
 import torch
 
+import quality
 import sample
 import train
 from model import find_checkpoint, keep_memory, load_model, model_config
-from prepare_fineweb import find_dataset, get_tokenizer
+from prepare_fineweb import get_tokenizer
 
 
 def open_network(place):
     """(content, path) of a checkpoint, or of adapters, merged into their base; ends the program if there is none."""
-    found = find_checkpoint(place) or fail(f"no checkpoint at {place}; name a run, an export or adapters")
+    try:
+        found = find_checkpoint(place) or fail(f"no checkpoint at {place}; name a run, an export or adapters")
+    except ValueError as error:
+        fail(error)
     return sample.open_checkpoint(sample.Config(**{"lora" if "base" in found[1] else "checkpoint": place}))[1], found[0]
 
 
 def pair_up(val, n, other=0):
-    """n examples as Items: each response with its own instruction, or with that of the `other`-th next."""
-    texts = [val.texts(i * len(val) // n) for i in range(n)]
-    return [train.place_example(val.cfg, texts[(i + other) % n][0], response) for i, (_, response) in enumerate(texts)]
+    """n examples as Items: each response with its own instruction, or with that of the `other`-th next that is not the same."""
+    texts, items = [val.texts(i * len(val) // n) for i in range(n)], []
+    for i, (mine, response) in enumerate(texts):
+        theirs = [text for text, _ in texts[i + 1:] + texts[:i] if text.tolist() != mine.tolist()]
+        items.append(train.place_example(val.cfg, theirs[other - 1] if other and theirs else mine, response))
+    return items
 
 
 def bounds(cfg, model, val):
@@ -94,10 +101,9 @@ def main(cfg):
     networks = [open_network(place) for place in cfg.networks.split(",")]
     last = model_config(networks[-1][0])
     sizes = dict(block_size=cfg.block_size or last.block_size, prompt_size=last.prompt_size)
-    try:
-        val = train.Examples(find_dataset(cfg.dataset), "val", dataclasses.replace(last, **sizes), networks[-1][0]["data"]["vocab_size"])
-    except ValueError as error:
-        fail(error)
+    if any(content["data"]["tokenizer"] != networks[-1][0]["data"]["tokenizer"] for content, _ in networks):
+        fail(f"networks={cfg.networks} have unequal tokenizers; their bounds cannot be compared")
+    val = quality.open_val(cfg.dataset, networks[-1][0], dataclasses.replace(last, **sizes), train.Examples)
     table = []
     print(f"{min(cfg.examples, len(val)):,} held-out responses, windows of {val.cfg.block_size} tokens; nats a token, given the right instruction "
           "and another one")

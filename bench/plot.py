@@ -6,6 +6,7 @@ Curves of training runs, from their log.jsonl: the loss, the bound with its stan
 
 The loss of a fitted schedule stays at half of what noise costs (README, "Trouble"); it is the bound that shows learning.
 """
+import glob
 import json
 import sys
 from dataclasses import dataclass
@@ -29,26 +30,25 @@ class Config:
 
 def find_runs(patterns):
     """The log.jsonl of every run that the comma list names, without repetition; ends the program if there is none."""
-    paths = [path for pattern in patterns.split(",") for folder in sorted(Path().glob(pattern) if not Path(pattern).is_absolute() else [Path(pattern)])
-             for path in (folder / "log.jsonl",) if path.is_file()]
+    folders = (sorted(glob.glob(pattern)) for pattern in patterns.split(",") if pattern)
+    paths = [path for found in folders for folder in found for path in (Path(folder) / "log.jsonl",) if path.is_file()]
     return list(dict.fromkeys(paths)) or fail(f"no log.jsonl in runs={patterns}; name the out_dir of a run, for example out/tiny")
 
 
 def read_log(path):
     """Columns of a log: {"loss": ([tokens], [loss]), "bound": ([tokens], [bound], [error]), "tokens_per_second": ...}."""
-    rows, columns, tokens = [], {"loss": [], "tokens_per_second": [], "bound": []}, {}
+    rows, columns = [], {"loss": [], "tokens_per_second": [], "bound": []}
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             print(f"warning: {path}: passed over a row that was cut short", file=sys.stderr)
     for row in rows:
-        tokens[row["step"]] = row.get("tokens", tokens.get(row["step"]))
         for name in ("loss", "tokens_per_second"):
             if name in row:
                 columns[name].append((row["tokens"], row[name]))
-        if "bound" in row and tokens[row["step"]]:
-            columns["bound"].append((tokens[row["step"]], row["bound"], row["bound_error"]))
+        if "bound" in row and "tokens" in row:
+            columns["bound"].append((row["tokens"], row["bound"], row["bound_error"]))
     return {name: list(zip(*found, strict=True)) for name, found in columns.items()}
 
 

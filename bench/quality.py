@@ -132,6 +132,22 @@ def read_dataset(cfg, data, model_cfg):
     return torch.stack([held_out[i][0] for i in range(len(held_out))]), torch.from_numpy(np.concatenate(shards))
 
 
+def open_val(dataset, checkpoint, cfg, kind=train.Windows):
+    """The validation windows, or examples, of shards in the tokens of a checkpoint's content; ends the program if they are not."""
+    try:
+        folder = prepare_fineweb.find_dataset(dataset)
+        if prepare_fineweb.read_meta(folder)["tokenizer"] != checkpoint["data"]["tokenizer"]:
+            fail(f"dataset={dataset} has another tokenizer than the checkpoint; name one in its tokens")
+        return kind(folder, "val", cfg, checkpoint["data"]["vocab_size"])
+    except ValueError as error:
+        fail(error)
+
+
+def open_network(place):
+    """The content of a checkpoint; ends the program if there is none."""
+    return sample.open_checkpoint(sample.Config(checkpoint=place))[1]
+
+
 def open_twin(name, place, checkpoint, device):
     """The twin of a checkpoint, None for no place; ends the program if it was made for other tokens or shorter windows."""
     if not place:

@@ -51,8 +51,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import quality
 import sample
 import train
-from model import SunFish, find_checkpoint, keep_memory, model_config, peak_gb, quantize, to_read
-from prepare_fineweb import find_dataset
+from model import SunFish, keep_memory, model_config, peak_gb, quantize, to_read
 
 
 def held(net):
@@ -77,7 +76,7 @@ def measure(cfg):
     """One row: megabytes, peak, seconds for a text, bound, and perplexity and entropy of texts."""
     keep_memory()
     torch.set_num_threads(1)
-    _, content = find_checkpoint(cfg.checkpoint) or fail(f"no checkpoint at {cfg.checkpoint}")
+    content = quality.open_network(cfg.checkpoint)
     model = open_network(content, cfg.row)
     T = cfg.seq_len or model.cfg.block_size
     canvas = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
@@ -88,7 +87,7 @@ def measure(cfg):
         seconds.append(time.perf_counter() - clock)
     row = dict(row=cfg.row, mb=held(model) / 1e6, peak_gb=peak_gb(torch.device("cpu")), seconds=min(seconds))
     if cfg.dataset:
-        val = train.Windows(find_dataset(cfg.dataset), "val", model.cfg, model.vocab_size)
+        val = quality.open_val(cfg.dataset, content, model.cfg)
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
             found = train.measure(model, train.eval_windows(val, cfg.sequences), 32, bands=0)
         row |= {name: found[name] for name in ("bound", "bound_error")}

@@ -12,6 +12,7 @@ import contextlib   # noqa: E402
 import importlib    # noqa: E402
 import io           # noqa: E402
 import json         # noqa: E402
+import shutil       # noqa: E402
 import signal       # noqa: E402
 from types import SimpleNamespace       # noqa: E402
 
@@ -71,7 +72,8 @@ def pairs(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     rows = [json.dumps(dict(instruction=q, input="", output=a)) for _ in range(40) for q, a in PAIRS.items()]
     (folder / "pairs.jsonl").write_text("\n".join(rows))
-    run(["prepare_fineweb.py", f"--source={folder / 'pairs.jsonl'}", f"--tokenizer={shards}", f"--out={folder / 'shards'}"])
+    run(["prepare_fineweb.py", f"--source={folder / 'pairs.jsonl'}", f"--tokenizer={shards}", "--val_fraction=0", f"--out={folder / 'shards'}"])
+    shutil.copy(folder / "shards" / "train_000000.bin", folder / "shards" / "val_000000.bin")      # three are too few to hold one out
     return folder / "shards"
 
 

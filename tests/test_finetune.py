@@ -139,10 +139,32 @@ def test_what_was_trained_on_another_way_is_refused(command, shards, base, tmp_p
     (other / "meta.json").write_text(json.dumps(meta))
     for args, words in (([f"--dataset={other}"], "has the tokenizer gpt2"), (["--n_embd=64"], "n_embd=64 is 32 in init_from"),
                         ([f"--init_from={tmp_path}"], "no checkpoint at init_from"), (["--init_from=", "--lora_rank=2"], "name it with --init_from"),
-                        (["--lora_rank=200"], "lora_rank=200 is out of range"), (["--block_size=12"], "batch_tokens"),
+                        (["--lora_rank=200"], "lora_rank=200 is more than n_embd=32"), (["--block_size=12"], "batch_tokens"),
                         (["--span_size=0"], "reads nothing that is given")):
         err = call([*command, f"--out_dir={tmp_path / 'run'}", *args], code=2).stderr
         assert words in err and err.count("error:") == 1 and not (tmp_path / "run").exists(), err
+
+
+@pytest.mark.parametrize("args, want", [([], (32, 16, 8)), (["--block_size=64", "--prompt_size=64", "--span_size=4", "--batch_tokens=192"], (64, 64, 4))])
+def test_what_is_set_wins_over_the_network_although_it_is_the_default(answering, pairs, args, want):
+    """64 is the default of prompt_size; and a batch that would not fit the default of block_size fits what comes from the network."""
+    cfg = configurator.load(train.Config, ["--batch_tokens=96", f"--init_from={answering}", "--batch_size=1", *args])
+    cfg, found = train.begin_with(cfg)
+    assert (cfg.block_size, cfg.prompt_size, cfg.span_size) == want and cfg.n_layer == 2 and found["data"]["kind"] == "instructions"
+
+
+def test_no_first_guess_is_made_for_an_instruction_or_padding(examples):
+    cfg = config("--self_conditioning=1")
+    batch = train.make_batch(cfg, examples, 0, range(8), "cpu")
+    assert batch.guesses == 0 and (batch.t[batch.counts] == 1000).all() and (batch.t[~batch.counts] < 1000).any()
+
+
+def test_an_instruction_is_clean_whatever_else_is_given(examples):
+    cfg = config("--p_given=1", "--conditioning_dropout=0")
+    for i in range(16):
+        _, group, *_, counts = train.make_sample(cfg, examples, 0, i, "cpu")
+        begun = int((counts.cumsum(0) == 0).sum())
+        assert (group[:begun] == -1).all() and group[begun:].min() >= 0
 
 
 def test_a_network_goes_on_with_the_weights_it_is_given(command, base, tmp_path):
@@ -193,7 +215,7 @@ def test_a_layer_equals_that_of_peft(small):
 def test_adapters_are_all_that_is_trained_and_kept(command, base, tmp_path):
     args = [*command, "--lora_rank=2", "--learning_rate=1e-2", "--save_interval=4"]
     call([*args, f"--out_dir={tmp_path / 'whole'}", "--max_steps=8"])
-    call([*args, f"--out_dir={tmp_path / 'parts'}", "--max_steps=8", "--save_interval=4"])
+    call([*args, f"--out_dir={tmp_path / 'parts'}", "--max_steps=8"])
     (tmp_path / "parts" / "ckpt_00000008.pt").unlink()
     call([*args, f"--out_dir={tmp_path / 'parts'}", "--max_steps=8", "--resume=True"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
@@ -225,8 +247,10 @@ def test_a_dry_run_says_how_small_a_checkpoint_of_adapters_is(command, tmp_path)
     def said(*args):
         out = call([*command, "--dry_run=True", f"--out_dir={tmp_path / 'run'}", *args]).stdout
         return [float(re.search(pattern, out)[1]) for pattern in (r"average and optimizer ([\d.]+) GB", r"checkpoint: ([\d.]+) GB")]
-    whole, adapters = said("--token_dim=16"), said("--lora_rank=2")
-    assert adapters[1] <= whole[1] and adapters[0] <= whole[0] and not (tmp_path / "run").exists()
+    wide = tmp_path / "wide"
+    call([*command, f"--out_dir={wide}", "--init_from=", "--n_embd=512", "--max_steps=1", "--batch_tokens=32"])
+    whole, adapters = (said(f"--init_from={wide}", "--n_embd=512", *args) for args in ((), ("--lora_rank=2",)))
+    assert adapters[1] < 0.02 * whole[1] and 0.15 < adapters[0] / whole[0] < 0.35 and not (tmp_path / "run").exists()
 
 
 def test_examples_without_a_network_to_begin_with_are_warned_about(command, tmp_path):

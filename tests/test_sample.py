@@ -46,6 +46,26 @@ def test_bfloat16_changes_the_scores_little_and_the_command_takes_it(checkpoint)
     assert ", bfloat16" in write(checkpoint, "--dtype=bfloat16").stderr and "float32" in write(checkpoint, "--dtype=float32").stderr
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_weights_answer_nearly_the_same_in_turns_and_with_guidance(checkpoint, dtype):
+    found, scores = find_checkpoint(checkpoint)[1], []
+    prompt, x = torch.tensor([[5, 6, 7]]), torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(0))
+    for int8 in (False, True):
+        model = load_model(found, dtype=getattr(torch, dtype), int8=int8)
+        reader = script.Reader(model, model.embedding().to(model.dtype), prompt, torch.zeros(24, dtype=torch.bool), 2.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
+            scores.append(reader.network(x, torch.zeros(1, 24), torch.zeros_like(x)).softmax(-1))
+    assert 0 < (scores[0] - scores[1]).abs().max() < 0.03
+    assert script.sample(model, script.Config(), (torch.zeros(24, dtype=torch.int64), torch.arange(24) < 3, prompt[0]), [0]).shape == (1, 24)
+    assert len(texts(checkpoint, "--quantize=int8", f"--dtype={dtype}", "--num_samples=2")) == 2
+
+
+def test_an_open_blank_of_a_network_that_guesses_noise(small):
+    small.cfg, small.head = replace(small.cfg, objective="eps", schedule="linear"), torch.nn.Linear(32, 16)
+    text, = script.infill(small, script.Config(mode="infill", text="x", steps=12), [[1, 2, 3], 0, [4, 5]], [0])
+    assert text[:3] == [1, 2, 3] and text[-2:] == [4, 5] and 6 <= len(text) <= 11
+
+
 def test_guidance_at_one_and_eta_zero(checkpoint):
     """The two branches of guidance are one call, and DDPM is DDIM at eta 1."""
     assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
@@ -216,7 +236,7 @@ def test_an_open_blank_takes_the_length_that_makes_what_stands_behind_it_likely(
     (["--mode=infill", "--text=a [mask]"], "in capitals"),
     (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
     (["--mode=infill", "--text=a [MASK:99999]"], "a blank of 99999 tokens"), (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "has no meaning"),
-    (["--mode=infill"], "no [MASK]"),
+    (["--mode=infill"], "no [MASK]"), (["--mode=infill", "--text=a [MASK]", "--span_size=1"], "steps=6 is less than one for each of 7 turns"),
     (["--mode=infill", "--text=a [MASK:9999999999]"], "write [MASK:1]"),
     (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
     (["--mode=write"], "use generate or infill"),

@@ -93,6 +93,10 @@ def test_damaged_exports_are_refused(exported, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     assert "holds something else" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'full'}"], 2).stderr
+    shutil.copytree(exported, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "holds something else" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'other'}"], 2).stderr
+    assert "less than one for each" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'new'}", "--steps=2"], 2).stderr
     assert "leave out" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'new'}", "--quantize=int8"], 2).stderr
     assert "cannot write" in call(["sample.py", f"--checkpoint={exported}", "--export=/proc/new"], 1).stderr
 
@@ -119,9 +123,10 @@ def page(tmp_path):
 
 @pytest.mark.parametrize("args, n", [(["--prompt=the dog", "--seq_len=8", "--span_size=0", "--steps=6"], 6), (["--prompt=the dog", "--seq_len=8"], 8),
                                      (["--mode=infill", "--text=the red [MASK:2] went [MASK:1] home <b>&"], 3),
-                                     (["--mode=infill", "--text=the red [MASK]"], None)])
+                                     (["--mode=infill", "--text=the red [MASK] dog", "--num_samples=3", "--json=True"], None)])
 def test_a_reader_goes_through_the_steps_with_keys_slider_and_button(base, page, tmp_path, args, n):
     out = call(["sample.py", f"--checkpoint={base}", f"--html={tmp_path / 'a b.html'}", *args]).stdout[:-1]
+    out = json.loads(out.splitlines()[0])["text"] if "--json=True" in args else out
     page.goto((tmp_path / "a b.html").as_uri())
     n = n or int(page.get_attribute("#at", "max"))
 
