@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import ablate           # noqa: E402
 import diffusion        # noqa: E402
+import infill           # noqa: E402
+import instruct         # noqa: E402
 import model            # noqa: E402
 import prepare          # noqa: E402
 import speed            # noqa: E402
@@ -177,3 +179,54 @@ def test_the_floor_of_a_sampling_call_is_its_matrix_products(small):
         diffusion.read_logits(E)(small.answer(small.features(h, x, level), *small.readout(E)), None, None)
     keys = 2 * 2 * (2 * 2 * 32 * 32 * 7 + 6 * 16 * 32)              # of the prompt, once a text; in two blocks of two branches
     assert count.total - keys == pytest.approx(speed.call_flops(small.cfg, 50, 12, 2), rel=0.02)
+
+
+# ---- what is made of a network: answers, int8, blanks ----
+
+@pytest.fixture(scope="module")
+def judge(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge")
+    call(["twins.py", *SIZE, "--kind=autoregressive", "--block_size=64", "--max_steps=2", f"--dataset={shards}", f"--out_dir={folder / 'twin'}"])
+    return folder / "twin"
+
+
+@pytest.fixture(scope="module")
+def roomy(shards, tmp_path_factory):
+    """A run with windows that blanks of twelve tokens leave something of."""
+    folder = tmp_path_factory.mktemp("roomy") / "run"
+    call(["train.py", *SIZE, "--block_size=32", f"--dataset={shards}", "--max_steps=20", f"--out_dir={folder}"])
+    return folder
+
+
+def test_every_rule_for_the_length_of_a_blank_is_rated(roomy, judge, shards, tmp_path):
+    windows = torch.arange(8 * 32).view(8, 32)
+    true, left, right = infill.cut(windows, 12)
+    assert left.shape == right.shape == (8, 10) and ((right[:, 0] - left[:, -1] - 1) == true).all() and true.min() >= 1 and true.max() <= 12
+    out = call(["infill.py", f"--checkpoint={roomy}", f"--dataset={shards}", f"--judge={judge}", "--windows=12", f"--out={tmp_path / 'table.json'}"]).stdout
+    rows = {row["rule"]: row for row in json.loads((tmp_path / "table.json").read_text())}
+    assert rows["the true length"]["exact"] == 1 and rows["the true length"]["off"] == 0 and rows["always 4"]["length"] == 4
+    assert len(rows) == 9 and "behind (sample.py)" in out and all(1 <= row["length"] <= 12 for row in rows.values())
+    assert "name a network" in call(["infill.py"], code=2).stderr and "no checkpoint" in call(
+        ["infill.py", "--checkpoint=nowhere", f"--judge={judge}"], code=2).stderr
+
+
+def test_int8_is_measured_beside_what_it_was_made_from(roomy, judge, shards):
+    rows = [json.loads(call(["quantize.py", f"--checkpoint={roomy}", f"--dataset={shards}", f"--judge={judge}", "--sequences=8", "--texts=4",
+                             f"--row={row}"]).stdout) for row in ("float32", "float32 int8")]
+    assert rows[1]["mb"] < 0.6 * rows[0]["mb"] and all(row["seconds"] > 0 and row["perplexity"] > 1 for row in rows)
+    assert 0 < abs(rows[1]["bound"] / rows[0]["bound"] - 1) < 0.01
+
+
+def test_responses_are_measured_with_their_instruction_and_with_another(base, pairs, tmp_path):
+    args = ["train.py", *SIZE, "--block_size=32", "--prompt_size=16", "--batch_tokens=256", f"--dataset={pairs}", f"--init_from={base}", "--max_steps=2"]
+    call([*args, "--lora_rank=2", f"--out_dir={tmp_path / 'lora'}"])
+    out = call(["instruct.py", f"--networks={base},{tmp_path / 'lora'}", f"--dataset={pairs}", "--answers=2", "--examples=9",
+                f"--out={tmp_path / 'table.json'}"]).stdout
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert [row["network"] for row in found["rows"]] == [str(base), str(tmp_path / "lora")] and len(found["answers"]) == 2
+    assert all(row["right"][0] > 0 < row["shuffled"][0] != row["right"][0] and row["step_ms"] > 0 for row in found["rows"]) and "(truth: " in out
+    val = train.Examples(pairs, "val", configurator.load(train.Config, [*SIZE, "--block_size=32", "--prompt_size=16"]), 300)
+    right, wrong = instruct.pair_up(val, 9), instruct.pair_up(val, 9, 1)
+    for a, b in zip(right, wrong, strict=True):
+        assert a.idx[a.begun:a.end].tolist() == b.idx[b.begun:b.end].tolist() and a.idx[:a.begun].tolist() != b.idx[:b.begun].tolist()
+    assert "nothing to measure" in call(["instruct.py"], code=2).stderr and "no checkpoint at nowhere" in call(["instruct.py", "--networks=nowhere"], code=2).stderr
