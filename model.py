@@ -42,6 +42,7 @@ KERNEL = 7                    # positions that the convolution before each atten
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
 HUGE_PAGE = 2 ** 21           # bytes
 FORMAT = 4                    # of a checkpoint file
+EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of a network that is shared
 SCORES = 2 ** 25              # most scores over the vocabulary that stand in memory at once: 134 MB in float32
 
 
@@ -638,31 +639,35 @@ def gpt2_vectors(path, vocab_size):
     public checkpoint, fetched once. ValueError if they cannot be had or are for another vocabulary."""
     try:
         from safetensors import safe_open
-        if not path:
-            from huggingface_hub import hf_hub_download
-            path = hf_hub_download("openai-community/gpt2", "model.safetensors")
+        path = path or Path(download("openai-community/gpt2", "model.safetensors"), "model.safetensors")
         with safe_open(path, "pt") as file:
             table = file.get_tensor(next(name for name in file.keys() if name.endswith("wte.weight"))).float()
     except ImportError:
         raise ValueError("prompt_table=gpt2 is read with safetensors; pip install safetensors") from None
     except Exception as error:              # of the hub, of files, of safetensors; StopIteration if no such tensor is there
         why = (str(error) or "no tensor wte.weight").splitlines()[0]
-        raise ValueError(f"cannot read GPT-2's vectors from {path or 'the hub'} ({why}); name a copy of openai-community/gpt2's "
-                         "model.safetensors with --prompt_file") from None
+        raise ValueError(f"GPT-2's vectors: {why}{f' ({path})' if path else ''}; name a copy of openai-community/gpt2's model.safetensors "
+                         "with --prompt_file") from None
     if table.shape != (vocab_size, GPT2_DIM):
         raise ValueError(f"GPT-2's vectors are {tuple(table.shape)}, and this text needs {(vocab_size, GPT2_DIM)}: they are for GPT-2's "
                          "tokenizer; prepare the text with --tokenizer=gpt2, or use --prompt_table=learned")
     return (table / table.std()).half()
 
 
-def download(name):
-    """The folder of the export user/name of the Hugging Face hub, fetched once; ValueError if it cannot be had."""
-    from huggingface_hub import snapshot_download
+def download(name, *files):
+    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub what was fetched before.
+    ValueError if they cannot be had."""
+    from huggingface_hub import HfApi, snapshot_download
+    why = None
     try:
-        return snapshot_download(name, allow_patterns=["model.safetensors", "config.json", "tokenizer.json"])
+        HfApi().model_info(name, timeout=5)             # the download itself would try for half a minute
     except Exception as error:              # whatever the hub and the libraries below it raise
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot fetch hf:{name} ({why}); check the name, the network and HF_TOKEN") from None
+    try:
+        return snapshot_download(name, allow_patterns=list(files), local_files_only=bool(why))
+    except Exception as error:
+        why = why or (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot fetch {name} ({why}); check the name, the network and HF_TOKEN") from None
 
 
 def find_checkpoint(place):
@@ -670,7 +675,7 @@ def find_checkpoint(place):
     sound checkpoint in the folder, or else in the folder below it that was written last; None if there is none. A damaged
     file is passed over with a warning; ValueError if all are.
     """
-    place = Path(download(place[3:]) if str(place).startswith("hf:") else place)
+    place = Path(download(place[3:], *EXPORT) if str(place).startswith("hf:") else place)
     if (place / "model.safetensors").exists():
         return place, read_export(place)
     below = [] if place.is_file() else sorted(place.rglob("ckpt_*.pt"), key=os.path.getmtime)
