@@ -129,12 +129,14 @@ if __name__ == "__main__":
 
 import contextlib                 # noqa: E402
 import dataclasses
+import inspect
 import json
 import math
 import re
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -858,11 +860,15 @@ def distribute(cfg, net, ema, device, dtype, compiled):
             shard(block, mp_policy=policy)
         shard(ema)
         shard(loss_fn)
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")     # which nothing changes in place
     net.to_empty(device=device)
     ema.to_empty(device=device)
     if kind != "fsdp":
         share_frozen(ema, net)
-    return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True, broadcast_buffers=False) if kind == "ddp" else loss_fn
+    if kind == "ddp":           # buffers never change; torch 2.13 calls it so, earlier ones otherwise
+        sync = inspect.signature(DistributedDataParallel.__init__).parameters.keys() & {"forward_sync_buffers"} or {"broadcast_buffers"}
+        return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True, **dict.fromkeys(sync, False))
+    return loss_fn
 
 
 # ---- the loop ----
