@@ -613,12 +613,6 @@ def write_export(folder, content, **more):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def is_export(folder):
-    """Whether a folder holds what `write_export` writes, sound or not."""
-    config = folder / "config.json"
-    return (folder / "model.safetensors").exists() and config.exists() and '"model_type": "sunfish"' in config.read_text(errors="replace")
-
-
 def read_export(folder):
     """What `write_export` wrote, as the content of a checkpoint; ValueError if it is not sound."""
     try:

@@ -133,6 +133,8 @@ def read_examples(path):
 def find_shards(folder, split):
     """The paths of all shards of "train" or "val" in `folder`, sorted; ValueError if there are none."""
     paths = sorted(Path(folder).glob(f"*{split}*.bin"))
+    if not paths and split == "val" and any(Path(folder).glob("*train*.bin")):
+        raise ValueError(f"no val shards in {folder}, whose text is too little or was prepared with --val_fraction=0; prepare more in another folder")
     if not paths:
         raise ValueError(f"no {split} shards in {folder}; make them with: python prepare_fineweb.py --out={folder}")
     return paths
@@ -389,6 +391,9 @@ def prepare(cfg):
     except BlockingIOError:
         fail(f"another prepare_fineweb.py is at work in {path.parent}; wait for it")
     except ValueError as error:
+        path.with_suffix(".lock").unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
         fail(error)
     except OSError as error:
         fail(f"{error}; mend that and run the same command again to go on", 1)

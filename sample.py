@@ -8,6 +8,7 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
+import os
 from dataclasses import dataclass
 
 from configurator import fail, load
@@ -19,7 +20,7 @@ class Config:
     lora: str = ""                   # file or folder of adapters; the checkpoint is then their base, by default where it was
     mode: str = "generate"           # generate, or infill with --text
     prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin, empty is none
-    text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits best) or [MASK:n] (n tokens)
+    text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits best) or [MASK:n] (n tokens); or @FILE, -
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
     sampler: str = "ddim"            # ddim, or ddpm (eta=1)
@@ -58,7 +59,9 @@ class Config:
         if self.mode == "infill" and self.prompt:
             raise ValueError("mode=infill takes --text, not --prompt; put the prompt into the text")
         if self.export and (self.mode != "generate" or self.quantize != "none"):
-            raise ValueError(f"--export takes a whole network and a sample; leave out --mode={self.mode} and --quantize={self.quantize}")
+            raise ValueError(f"mode={self.mode} and quantize={self.quantize}, but --export writes a whole network and a sample; leave them out")
+        if self.html and not os.path.isdir(os.path.dirname(self.html) or "."):
+            raise ValueError(f"html={self.html}: there is no folder {os.path.dirname(self.html)}; choose another file")
         if self.mode == "infill" and self.seq_len:
             raise ValueError(f"seq_len={self.seq_len} has no meaning with mode=infill; the text and its blanks give the length")
         if self.mode == "generate" and self.text:
@@ -68,7 +71,8 @@ class Config:
 if __name__ == "__main__":
     CFG = load(Config)      # before torch is imported, so that --help and a wrong setting answer at once
 
-import json                                                                                # noqa: E402
+import itertools                                                                           # noqa: E402
+import json
 import math
 import re
 import sys
@@ -78,7 +82,7 @@ from pathlib import Path
 import torch
 
 import diffusion
-from model import LATER, choose_device, find_checkpoint, has_bf16, is_export, keep_memory, load_model, merged, write_export
+from model import LATER, choose_device, find_checkpoint, has_bf16, keep_memory, load_model, merged, write_export
 from prepare_fineweb import ask, get_tokenizer
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -96,16 +100,25 @@ def read_prompts(text):
         text = sys.stdin.read().strip()
         return [text]
     if text.startswith("@"):
-        try:
-            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"cannot read the prompts in {text[1:]} ({error}); name a text file with one prompt a line")
-        return [line for line in lines if line.strip()] or fail(f"{text[1:]} holds no prompt; write one a line")
+        return [line for line in read_text(text).splitlines() if line.strip()] or fail(f"{text[1:]} holds no prompt; write one a line")
     return [text]
+
+
+def read_text(text):
+    """The text itself, or of @FILE, or - for stdin."""
+    if text == "-":
+        return sys.stdin.read().strip("\n")
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8").strip("\n") if text.startswith("@") else text
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {text[1:]} ({error}); name a text file")
 
 
 def read_blanks(text, encode):
     """Text with [MASK] and [MASK:n] in parts: lists of token ids, and the numbers n of blank tokens, 0 if that is open."""
+    odd = [found[0] for found in re.finditer(r"(?i)\[\s*mask[^\]]{0,20}\]", text) if not BLANK.fullmatch(found[0])]
+    if odd:
+        fail(f"{odd[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
     if not BLANK.search(text):
         fail(f"--text={text!r} has no [MASK], in capitals, to fill; write for example \"The sky is [MASK:2] today.\"")
     parts, end = [], 0
@@ -234,11 +247,15 @@ class Watch:
 
     def __init__(self, cfg, encoding, steps):
         self.cfg, self.encoding, self.steps, self.calls, self.start, self.frames = cfg, encoding, steps, 0, 0, []
+        self.written = None             # (T,) where there is text so far; `sample` begins it with what is known
 
     def __call__(self, t, tokens, places, logits):
         self.calls += 1
+        self.written[places] = True
         if self.cfg.show and (sys.stderr.isatty() or self.calls % self.steps == 0):
-            text = " ".join(self.encoding.decode(tokens[0].tolist()).split())
+            parts = itertools.groupby(zip(self.written.tolist(), tokens[0].tolist(), strict=True), key=lambda pair: pair[0])
+            text = "".join(self.encoding.decode([i for _, i in pairs]) if there else "\u00b7" * len([*pairs]) for there, pairs in parts)
+            text = " ".join(text.split())
             clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
             say(f"{clear}step {(self.calls - 1) % self.steps + 1}/{self.steps}, noise index {t}\n{text}")
         if self.cfg.html:
@@ -319,6 +336,8 @@ def sample(model, cfg, canvas, numbers, watch=None, end=None):
     scale = cfg.guidance_scale if cfg.mode == "generate" and (prompt.numel() or begun.any()) else 1
     network_for = Reader(model, E, prompt.expand(B, -1), begun, scale).network_for
     _, group, _, steps = plan(cfg, model.cfg, canvas[1])
+    if watch:
+        watch.written = known.clone()
     read = diffusion.make_read(model.cfg, E, model.vocab_size, cfg.temperature)
     rng = [diffusion.generator(device, cfg.seed, number) for number in numbers]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -335,6 +354,9 @@ def open_checkpoint(cfg):
                 fail(f"lora={adapter_path} is a whole network; use --checkpoint={cfg.lora}")
             base = cfg.checkpoint or adapter["config"]["init_from"]
         found = find_checkpoint(base)
+        if found and not cfg.checkpoint and not adapter and "base" in found[1]:         # the newest are adapters
+            adapter_path, adapter = found
+            found = find_checkpoint(adapter["config"]["init_from"])
     except ValueError as error:
         fail(f"{error}; train again, or name another with --{'lora' if adapter is None and cfg.lora else 'checkpoint'}", code=1)
     path, content = found or fail(f"no checkpoint at {base}; " + ("name the base of the adapters with --checkpoint" if adapter else
@@ -357,10 +379,10 @@ def main(cfg):
         fail(error)
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if has_bf16(device) else "float32"
     model, encoding = load_model(checkpoint, device, getattr(torch, dtype), cfg.quantize == "int8"), get_tokenizer(checkpoint["data"]["tokenizer"])
-    if answers and cfg.streams > 1:
-        fail(f"streams={cfg.streams}, but this network answers, in one stream, until the answer ends; use --streams=1")
+    if answers and (cfg.streams > 1 or cfg.span_size not in (-1, 1)):
+        fail(f"streams={cfg.streams} and span_size={cfg.span_size}, but this network answers, token by token, until the answer ends; leave them out")
     prompts = read_prompts(cfg.prompt or ("Name three colours." if cfg.export and answers else ""))
-    parts = read_blanks(cfg.text, encoding.encode_ordinary) if cfg.mode == "infill" else []
+    parts = read_blanks(read_text(cfg.text), encoding.encode_ordinary) if cfg.mode == "infill" else []
     if parts:
         idx, known = lay_out(parts)
         canvases = [canvas_of(idx[None], known, int((~known).nonzero()[0]), model.cfg)[2]]
@@ -373,7 +395,8 @@ def main(cfg):
     end = encoding.eot_token if answers else None
     if cfg.export:
         return export(cfg, path, checkpoint, model, encoding, prompts[0], canvases[0], end)
-    say_what(cfg, f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}", prompts, plans[0], f"{device}, {dtype}")
+    how = f"{plans[0][3]} steps" if 0 not in parts else f"blanks of 1 to {LONGEST} tokens tried"
+    say_what(cfg, f"{path}: step {checkpoint['step']:,}, trained on {checkpoint['data']['label']}", prompts, plans[0][0], how, f"{device}, {dtype}")
     started, tokens, calls = time.perf_counter(), 0, 0
     for prompt, canvas, (*_, steps) in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
@@ -403,8 +426,8 @@ def main(cfg):
 def export(cfg, path, content, model, encoding, prompt, canvas, end):
     """Write the network to a folder, with a model card, to be read by --checkpoint=FOLDER."""
     folder, data = Path(cfg.export), content["data"]
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_export(folder))):
-        fail(f"export={folder} holds something else; choose a new folder")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        fail(f"export={folder} is there already; choose a new folder")
     text = until(sample(model, cfg, canvas, range(1), end=end)[0, canvas[1].sum():].tolist(), end)
     log = path.parent / "log.jsonl" if path.is_file() else Path()
     found = {"tokens": content.get("tokens"), "bound": content.get("bound"), "bound_error": content.get("bound_error")}
@@ -412,6 +435,7 @@ def export(cfg, path, content, model, encoding, prompt, canvas, end):
         row = json.loads(line) if line.endswith("}") else {"step": math.inf}        # the last may be cut short
         found.update({key: row[key] for key in found if key in row and row["step"] <= content["step"]})
     about = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "training text": f"{data['label']}; licence: {data.get('licence', 'unknown')}",
+             **({"begun with": f"{base['label']}; licence: {base['licence']}; {base['steps']:,} steps"} if (base := data.get("base")) else {}),
              "steps": f"{content['step']:,}", "tokens seen": f"{found['tokens']:,}" if found["tokens"] else "unknown",
              "bound on held-out text": f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, as sample.py writes" if found["bound"] else "not measured",
              "window": f"{model.cfg.block_size} tokens, and {model.cfg.prompt_size} before it", "vocabulary": f"{model.vocab_size:,} ids ({data['tokenizer']['name']})"}
@@ -419,7 +443,9 @@ def export(cfg, path, content, model, encoding, prompt, canvas, end):
         write_export(folder, content, **found)
         (folder / "README.md").write_text(CARD.format(
             name=folder.resolve().name, table="\n".join(f"| {key} | {value} |" for key, value in about.items()), prompt=prompt, seed=cfg.seed,
-            text=encoding.decode(text).strip("\n"), use=f"--prompt {json.dumps(prompt)}" if prompt else "--num_samples=4"), encoding="utf-8")
+            text=encoding.decode(text).strip("\n"), use=f"--prompt {json.dumps(prompt)}" if prompt else "--num_samples=4",
+            infill="" if end else f'\n    python sample.py --checkpoint=hf:USER/{folder.resolve().name} --mode=infill --text "The sky is [MASK] today."'),
+            encoding="utf-8")
     except ImportError:
         fail("--export needs the safetensors package; pip install safetensors")
     except OSError as error:
@@ -446,8 +472,7 @@ A SunFish: a language model that writes by denoising in continuous embedding spa
 
 With the code of SunFish:
 
-    python sample.py --checkpoint=hf:USER/{name} {use}
-    python sample.py --checkpoint=hf:USER/{name} --mode=infill --text "The sky is [MASK] today."
+    python sample.py --checkpoint=hf:USER/{name} {use}{infill}
 
 ## A sample
 
@@ -464,12 +489,11 @@ done to make it safe. It writes in windows of the size above. Its weights may be
 """
 
 
-def say_what(cfg, network, prompts, plan, machine):
+def say_what(cfg, network, prompts, size, how, machine):
     """What is about to be done, by which network, and what is odd about it."""
-    size, _, _, steps = plan
     together = "all tokens at once" if size == 0 else f"{size} token{'s' * (size > 1)} at a time"
     together = f"{cfg.streams} streams side by side" if cfg.streams > 1 else together
-    say(f"{network}; {cfg.sampler}, {steps} steps, {together}, {machine}")
+    say(f"{network}; {cfg.sampler}, {how}, {together}, {machine}")
     if not all(prompt.strip() for prompt in prompts):
         if cfg.mode == "generate":
             say("no prompt: the samples are unconditional")

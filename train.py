@@ -553,7 +553,7 @@ def measure(model, idx, batch_size, span=None, steps=0, streams=1, bands=8, curv
 
 def show_answers(model, cfg, encoding, windows, n=3):
     """Responses to instructions of the validation examples: (name, text)s."""
-    texts = []
+    texts, n = [], min(n, len(windows))
     for i in range(n):
         k = (2 * i + 1) * len(windows) // (2 * n)
         item, (instruction, response) = windows[k], windows.texts(k)
@@ -1075,6 +1075,8 @@ def main(cfg):
     check_tokenizer(cfg, data, base)
     encoding, vocab_size = get_tokenizer(data["tokenizer"]), data["vocab_size"]
     given = given_weights(cfg, base, vocab_size)
+    if base:
+        data["base"] = {"label": base["data"]["label"], "licence": base["data"].get("licence", "unknown"), "steps": base["step"]}
     if data["kind"] == "instructions" and not cfg.init_from and rank() == 0:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 

@@ -76,6 +76,7 @@ def draw(logs, out, smooth):
                 axis.plot(found[0], found[1], color=colour, alpha=0.25, linewidth=1)
                 axis.plot(found[0], running_mean(found[1], smooth), color=colour, label=run)
         axis.set(title=label, xlabel="tokens trained on")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[2].set_ylim(bottom=0)

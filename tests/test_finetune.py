@@ -127,7 +127,8 @@ def test_the_answer_is_the_response_and_ends_where_it_ends(answering):
         written = int(out.stderr.split(" tokens written")[0].split()[-1])
         assert written == int(out.stderr.split(" network calls")[0].split()[-1]) - 1 < 20       # one call is for the end
     assert "1 token at a time" in out.stderr
-    assert "one stream" in call(["sample.py", f"--checkpoint={answering}", "--prompt=the dog", "--streams=2"], 2).stderr
+    for wrong in ("--streams=2", "--span_size=8"):
+        assert "token by token, until the answer ends" in call(["sample.py", f"--checkpoint={answering}", "--prompt=the dog", wrong], 2).stderr
     assert call(["sample.py", f"--checkpoint={answering}", "--mode=infill", "--text=the [MASK:1]"]).stdout.startswith("the")
 
 
@@ -229,6 +230,12 @@ def test_adapters_are_all_that_is_trained_and_kept(command, base, tmp_path):
     assert row[0]["loss"] > row[-2]["loss"]
     out = call(["sample.py", f"--lora={tmp_path / 'parts'}", "--prompt=the dog", "--seq_len=4"])         # the base is where it was
     assert "ckpt_00000008.pt: step 8" in out.stderr
+
+
+def test_adapters_that_are_the_newest_run_write_on_their_base(command, tmp_path, monkeypatch):
+    call([*command, "--lora_rank=2", "--max_steps=1", f"--out_dir={tmp_path / 'out' / 'lora'}"])
+    monkeypatch.chdir(tmp_path)
+    assert "ckpt_00000001.pt: step 1, trained on pairs" in call(["sample.py", "--prompt=the dog"]).stderr
 
 
 def test_adapters_of_another_network_are_refused(command, base, answering, tmp_path):

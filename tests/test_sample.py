@@ -1,4 +1,6 @@
 """Sampling as a user sees it: what is given comes back, the same seed gives the same text, and mistakes are named."""
+import contextlib
+import io
 import json
 from dataclasses import replace
 
@@ -155,6 +157,19 @@ def test_prompts_from_a_file_and_from_stdin(checkpoint, tmp_path):
     assert out.stdout.startswith("the wind") and "6 network calls" in out.stderr
 
 
+def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("the dog [MASK:2] home\n")
+    assert write(checkpoint, "--mode=infill", f"--text=@{tmp_path / 'text.txt'}").stdout.startswith("the dog")
+    encoding = script.get_tokenizer(find_checkpoint(checkpoint)[1]["data"]["tokenizer"])
+    watch, ids = script.Watch(script.Config(show=True), encoding, 1), encoding.encode_ordinary("the dog")
+    watch.written = torch.arange(len(ids)) < 1
+    tokens, err = torch.tensor([ids]), io.StringIO()
+    with contextlib.redirect_stderr(err):
+        watch(1000, tokens, torch.tensor([1]), None)
+    rest = "\u00b7" * (len(ids) - 2)
+    assert err.getvalue() == f"step 1/1, noise index 1000\n{encoding.decode(ids[:2])}{rest}\n"
+
+
 def test_header_names_the_text_it_was_trained_on(checkpoint):
     out = write(checkpoint, "--prompt", "", "--seq_len=5", "--show=True", run=run)
     assert "text.jsonl" in out.stderr and "unconditional" in out.stderr and "step 6/6" in out.stderr
@@ -233,7 +248,8 @@ def test_an_open_blank_takes_the_length_that_makes_what_stands_behind_it_likely(
 @pytest.mark.parametrize("args, words", [
     (["--checkpoint=nowhere"], "train one with"),
     (["--mode=infill", "--text=no blank"], "no [MASK]"),
-    (["--mode=infill", "--text=a [mask]"], "in capitals"),
+    (["--mode=infill", "--text=a [mask] [MASK]"], "[mask] is no blank"), (["--mode=infill", "--text=a [MASK: 3]"], "[MASK: 3] is no blank"),
+    (["--mode=infill", "--text=@nowhere.txt"], "cannot read nowhere.txt"),
     (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
     (["--mode=infill", "--text=a [MASK:99999]"], "a blank of 99999 tokens"), (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "has no meaning"),
     (["--mode=infill"], "no [MASK]"), (["--mode=infill", "--text=a [MASK]", "--span_size=1"], "steps=6 is less than one for each of 7 turns"),

@@ -76,6 +76,8 @@ def test_adapters_are_exported_merged(exported, pairs, tmp_path):
           "--block_size=32", "--prompt_size=16", "--learning_rate=1e-2", "--warmup_steps=0"])
     call(["sample.py", f"--lora={tmp_path / 'lora'}", f"--export={tmp_path / 'merged'}"])
     a, b = (call(["sample.py", arg, "--prompt=the dog"]).stdout for arg in (f"--lora={tmp_path / 'lora'}", f"--checkpoint={tmp_path / 'merged'}"))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| begun with | text.jsonl" in card and "20 steps" in card and "--mode=infill" not in card
     assert a == b and find_checkpoint(tmp_path / "merged")[1]["data"]["kind"] == "instructions"
     found = find_checkpoint(tmp_path / "lora")[1]
     assert found["base"] == json.loads((exported / "config.json").read_text())["fingerprint"]
@@ -92,12 +94,10 @@ def test_damaged_exports_are_refused(exported, tmp_path):
         assert words in call(["sample.py", f"--checkpoint={folder}"], 1).stderr, name
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "holds something else" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'full'}"], 2).stderr
-    shutil.copytree(exported, tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "holds something else" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'other'}"], 2).stderr
+    assert "is there already" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'full'}"], 2).stderr
+    assert "is there already" in call(["sample.py", f"--checkpoint={exported}", f"--export={exported}"], 2).stderr
     assert "less than one for each" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'new'}", "--steps=2"], 2).stderr
-    assert "leave out" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'new'}", "--quantize=int8"], 2).stderr
+    assert "leave them out" in call(["sample.py", f"--checkpoint={exported}", f"--export={tmp_path / 'new'}", "--quantize=int8"], 2).stderr
     assert "cannot write" in call(["sample.py", f"--checkpoint={exported}", "--export=/proc/new"], 1).stderr
 
 
@@ -153,6 +153,7 @@ def test_a_reader_goes_through_the_steps_with_keys_slider_and_button(base, page,
 
 def test_a_page_that_cannot_be_written_is_said(base):
     assert "cannot write html=/proc/no.html" in call(["sample.py", f"--checkpoint={base}", "--html=/proc/no.html", "--seq_len=4"], 1).stderr
+    assert "there is no folder nowhere" in call(["sample.py", f"--checkpoint={base}", "--html=nowhere/no.html", "--seq_len=4"], 2).stderr
 
 
 # ---- curves ----
