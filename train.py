@@ -560,14 +560,14 @@ def show_answers(model, cfg, encoding, windows, n=3):
         canvas = item.idx, torch.arange(cfg.block_size) < item.begun, item.before
         made, = sample(model, SampleConfig(guidance_scale=cfg.guidance_scale), canvas, [i], end=encoding.eot_token)
         answer = until(made[item.begun:].tolist(), encoding.eot_token)
-        asked, answer, truth = (decode(encoding, ids) for ids in (instruction[1:].tolist(), answer, response[:-1].tolist()))
+        asked, answer, truth = (decode(encoding, ids) for ids in (instruction[1:], answer, response[:-1]))
         texts.append(("answer", f"{asked} {answer} (truth: {truth})"))
     return texts
 
 
 def decode(encoding, ids):
-    """Token ids as one line of text."""
-    return " ".join(encoding.decode(list(ids)).split())
+    """Token ids, a list or a tensor, as one line of text."""
+    return " ".join(encoding.decode(torch.as_tensor(ids).tolist()).split())
 
 
 def show_text(model, cfg, encoding, windows):
@@ -580,9 +580,7 @@ def show_text(model, cfg, encoding, windows):
     idx, nothing, prompt = idx[:T], torch.zeros_like(hole), before[-cfg.prompt_size:]
     canvases = (write, (idx, nothing, before[:0])), (write, (idx, nothing, prompt)), (infill, (idx, ~hole, before[:0]))
     free, prompted, filled = (sample(model, settings, canvas, [i])[0].cpu() for i, (settings, canvas) in enumerate(canvases))
-
-    def show(ids):
-        return decode(encoding, ids.tolist())
+    show = partial(decode, encoding)
     return [("sample", show(free)), ("prompt", f"{show(prompt)} >>> {show(prompted)}"),
             ("infill", f"{show(idx[:T // 2])} [{show(filled[hole])}] {show(idx[T // 2 + T // 8:T])} (truth: [{show(idx[hole])}])")]
 
@@ -608,9 +606,7 @@ def gather_state(model, ema, optimizer):
     only theirs."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = {name: dcp.get_model_state_dict(net, options=options) for name, net in (("model", model), ("ema", ema))}
-    for name, weights in state.items():
-        adapters = {key: x for key, x in weights.items() if ".lora_" in key}
-        state[name] = adapters or weights
+    state = {name: {key: x for key, x in weights.items() if ".lora_" in key} or weights for name, weights in state.items()}
     return dict(state, optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
 
 
@@ -654,7 +650,7 @@ def begin_with(cfg):
     wrong = [f"{name}={mine[name]} is {theirs[name]}" for name in mine if name not in RESIZED and mine[name] != theirs[name]]
     if wrong:
         fail(f"{', '.join(wrong)} in init_from={cfg.init_from}; leave it out")
-    cfg = dataclasses.replace(cfg, **{**theirs, **mine})
+    cfg = dataclasses.replace(cfg, **theirs | mine)
     try:
         cfg.check()
         cfg.check_sizes()
