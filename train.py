@@ -164,7 +164,7 @@ from model import (KERNEL, LATER, SCORES, Peak, SunFish, add_lora, choose_device
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_examples, read_meta, read_shard
 from sample import Config as SampleConfig, sample, until
 
-LIBRARIES = 95e6            # bytes that torch's CPU kernels, optimizer and the thread for batches add to a process in its first step
+LIBRARIES = 120e6           # bytes that torch's CPU kernels, optimizer and the thread for batches add to a process in its first step
 DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
 
