@@ -1,5 +1,5 @@
 """
-The mathematics of SunFish: schedules, noise, the reverse step, three samplers, three objectives and the likelihood bound.
+The mathematics of SunFish: schedules, noise, the reverse step, three samplers, two objectives and the likelihood bound.
 
 Plain functions over tensors that know nothing of the network. Clean vectors x_0 are noised to
 x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); a network guesses x_0 from x_t.
@@ -177,7 +177,7 @@ def guide(prompted, null, scale):
 
 
 def read_logits(table, temperature=1.0):
-    """The `read` of objectives ce and vlb: logits (B, T, V) -> x_0_hat, the mean of the table's rows (V, C) under softmax."""
+    """The `read` of objective ce: logits (B, T, V) -> x_0_hat, the mean of the table's rows (V, C) under softmax."""
     return lambda logits, x_t, log_snr: ((logits / temperature).softmax(-1) @ table, logits / temperature)
 
 
@@ -275,16 +275,6 @@ def write_turn(network, read, table, alpha_bar, tokens, places, steps, eta=0.0, 
 def ce_loss(logits, idx):
     """Cross-entropy in nats of the tokens idx (...) under logits (..., V): (...)."""
     return F.cross_entropy(logits.flatten(0, -2), idx.flatten(), reduction="none").view_as(idx)
-
-
-def vlb_loss(logits, ce, table, idx, t, alpha_bar):
-    """The part of the bound that stands at the index t (...) of tokens idx (...), times the number of indices, so that its mean
-    over uniform t in 1 .. timesteps is the bound in nats a token, less its constant prior: (...). Given logits (..., V), and
-    ce (...), the reconstruction at t = 1 (Ho et al. 2020, eq. 5; Kingma et al. 2021, eq. 14)."""
-    snr = alpha_bar / (1 - alpha_bar)
-    weight = torch.where(t > 1, (snr[t - 1] - snr[t]) / 2, 0).float()
-    error = (table[idx] - logits.softmax(-1) @ table).square().sum(-1)
-    return (len(alpha_bar) - 1) * torch.where(t > 1, weight * error, ce)
 
 
 def eps_loss(eps_hat, eps):

@@ -86,7 +86,7 @@ class LossInChunks(torch.autograd.Function):
             leaves = [*shared, *(x.detach().requires_grad_(i in wanted) for i, x in enumerate(chunk, count))]
             with torch.enable_grad():
                 losses = f(*leaves)
-                found = torch.autograd.grad(losses[:, 0].sum(), [leaves[i] for i in wanted], allow_unused=True) if wanted else ()
+                found = torch.autograd.grad(losses.sum(), [leaves[i] for i in wanted], allow_unused=True) if wanted else ()
             done.append(losses.detach())
             for i, grad in zip(wanted, found, strict=True):
                 if i >= count:
@@ -97,7 +97,7 @@ class LossInChunks(torch.autograd.Function):
         ctx.save_for_backward(*(grads.get(i) for i in range(len(inputs))))
         done = torch.cat(done)
         ctx.mark_non_differentiable(done)
-        return done[:, 0].sum(), done
+        return done.sum(), done
 
     @staticmethod
     def backward(ctx, grad, _):
@@ -105,8 +105,7 @@ class LossInChunks(torch.autograd.Function):
 
 
 def loss_in_chunks(f, width, shared, *inputs):
-    """(sum, all) of the losses f(*shared, *inputs) (M, k) of inputs (M, ...), in chunks: of the sum over column 0, which has
-    gradients, and of all, which have none.
+    """(sum, all) of the losses f(*shared, *inputs) (M,) of inputs (M, ...), in chunks: the sum has gradients, and all have none.
 
     The gradients are made with the losses, chunk by chunk, so that scores are made once and never kept (as in Liger Kernel,
     Hsu et al. 2024)."""

@@ -355,7 +355,7 @@ def noise_levels(cfg, step, i, group):
 
     The level of turn 0 is stratified over the samples of a step: each takes its own n-th part of 0 .. 1, in random order. A
     token that is written alone, or far from others, gets the highest level, at which sample.py decides it and nothing but its
-    context can help; for the bound itself or for eps_hat, all levels count.
+    context can help; for eps_hat, all levels count.
     """
     u = (permute(i, cfg.samples, mix(cfg.seed, step)) + mix(cfg.seed, step, "offset") / 2 ** 64) / cfg.samples
     t = 1 + (diffusion.by_turn(u, group.double()) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
@@ -426,22 +426,19 @@ class DenoisingLoss(nn.Module):
         if cfg.objective == "eps":
             loss = (diffusion.eps_loss(net.answer(features, *readout), batch.eps) * batch.counts).sum()
             return loss, torch.zeros_like(loss)
-        tokens = (x.flatten(0, 1) for x in (features, batch.idx, batch.t, batch.counts))
-        loss, losses = loss_in_chunks(self.losses, len(table), (*readout, table, alpha_bar), *tokens)
+        tokens = (x.flatten(0, 1) for x in (features, batch.idx, batch.counts))
+        loss, ce = loss_in_chunks(self.losses, len(table), readout, *tokens)
         if cfg.schedule != "gumbel":
             return loss, torch.zeros_like(loss)
         mu, log_beta, log_height = net.schedule
-        ce = losses[:, 1].view_as(batch.t)
-        fit = diffusion.schedule_loss(ce, log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
+        fit = diffusion.schedule_loss(ce.view_as(batch.t), log_snr, mu, log_beta.exp(), log_height.exp(), math.sqrt(cfg.token_dim))
         return loss, (fit * (batch.t < cfg.timesteps) * batch.counts).sum()             # of tokens that run through the levels
 
-    def losses(self, weight, bias, table, alpha_bar, features, idx, t, counts):
-        """The loss and the cross-entropy of tokens idx (M,) in nats, 0 for those that do not count: (M, 2)."""
+    def losses(self, weight, bias, features, idx, counts):
+        """The cross-entropy of tokens idx (M,) in nats, 0 for those that do not count: (M,)."""
         logits = self.net.answer(features, weight, bias)
         with torch.autocast(idx.device.type, enabled=False):
-            ce = diffusion.ce_loss(logits, idx)
-            loss = ce if self.cfg.objective == "ce" else diffusion.vlb_loss(logits, ce, table, idx, t, alpha_bar)
-            return torch.stack((loss, ce), -1) * counts[:, None]
+            return diffusion.ce_loss(logits, idx) * counts
 
     @torch.no_grad()
     def first_guess(self, x_t, mean, log_snr, batch, past, table, readout):

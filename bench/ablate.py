@@ -21,7 +21,6 @@ SIZE = dict(n_layer=2, n_head=2, n_embd=128, token_dim=64, block_size=64, prompt
             save_interval=10**6, eval_sequences=2)
 VARIANTS = {
     "default": {}, "seed=2": dict(seed=2), "seed=3": dict(seed=3),
-    "objective=vlb": dict(objective="vlb"), "objective=vlb seed=2": dict(objective="vlb", seed=2),
     "objective=eps": dict(objective="eps"),
     "schedule=linear": dict(schedule="linear"), "schedule=cosine": dict(schedule="cosine"), "schedule=sqrt": dict(schedule="sqrt"),
     "head=tied": dict(head="tied"), "head=tied seed=2": dict(head="tied", seed=2),

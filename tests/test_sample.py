@@ -129,7 +129,7 @@ def test_every_span_gets_steps_enough():
     assert steps() == (64, 64) and steps(span_size=0) == steps(cfg=replace(cfg, span_size=0)) == (1, 64)
     assert steps(span_size=8) == (8, 64) and steps(torch.zeros(512, dtype=torch.bool), span_size=8) == (64, 512)
     assert steps(torch.arange(64) != 9) == (1, 1) and steps(torch.arange(64) != 9, span_size=4) == (1, 64)
-    assert steps(cfg=replace(cfg, objective="vlb")) == (64, 512)
+    assert steps(cfg=replace(cfg, objective="eps")) == (64, 512)
     assert steps(streams=8) == (8, 8) and steps(torch.arange(64) < 9, streams=2) == (28, 28)
     assert steps(sampler="ddpm") == (64, 100) and steps(cfg=replace(cfg, timesteps=4), span_size=8) == (8, 32)
     assert steps(steps=800, span_size=8) == (8, 800)
