@@ -34,7 +34,6 @@ class ModelConfig:
     span_size: int = 8               # most tokens that are written together, from left to right; 0 is the whole window
     cross_every: int = 1             # cross-attention to the prompt in every n-th block
     objective: str = "ce"            # ce, cross-entropy of the token; eps, squared error of the noise
-    head: str = "full"               # full, n_embd weights of its own for each token; tied, the token vectors, of rank token_dim
     prompt_table: str = "learned"    # vectors of the prompt's tokens: learned, those that are diffused; gpt2, GPT-2's own, frozen
     schedule: str = "gumbel"         # gumbel (fitted while training), linear, cosine, sqrt
     timesteps: int = 1000            # noise levels in the schedule
@@ -58,7 +57,7 @@ class ModelConfig:
             raise ValueError(f"timesteps={self.timesteps} is less than 2; 1000 is usual")
         if not self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_end={self.beta_end} is not between beta_start={self.beta_start} and 1; try 0.02")
-        for name, known in (("objective", ("ce", "eps")), ("head", ("full", "tied")), ("prompt_table", ("learned", "gpt2")),
+        for name, known in (("objective", ("ce", "eps")), ("prompt_table", ("learned", "gpt2")),
                             ("schedule", ("gumbel", "linear", "cosine", "sqrt"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {', '.join(known)}")

@@ -248,7 +248,7 @@ class SunFish(nn.Module):
         self.time_in = nn.Linear(64, d // 2)
         self.time_out = nn.Linear(d // 2, 6 * d)
         self.blocks = nn.ModuleList(Block(cfg, (i + 1) % cfg.cross_every == 0) for i in range(cfg.n_layer))
-        self.head = nn.Linear(d, V if cfg.head == "full" and cfg.objective != "eps" else C)
+        self.head = nn.Linear(d, C if cfg.objective == "eps" else V)
         self.schedule = nn.Parameter(self.first_schedule())
         self.init_weights()
 
@@ -345,8 +345,6 @@ class SunFish(nn.Module):
     def features(self, hidden, x_t=None, log_snr=None):
         """What `answer` multiplies with the readout, of hidden (..., n_embd): (..., K). For tokens that is what the head reads and,
         if there is an x_t (..., C), what this says of its token."""
-        if self.cfg.head == "tied" and self.cfg.objective != "eps":
-            return self.head(GAIN * hidden) / math.sqrt(self.cfg.token_dim) + (0 if x_t is None else self.signal(x_t, log_snr))
         own = GAIN * hidden
         return own if x_t is None or self.cfg.objective == "eps" else torch.cat((own, self.signal(x_t, log_snr)), -1)
 
@@ -354,10 +352,10 @@ class SunFish(nn.Module):
         """Weight (V, K) and bias (V,) of the last product, to be made once for all calls; under autocast in its dtype."""
         if self.cfg.objective == "eps":
             return self.head.weight, self.head.bias
-        alone, kind = self.cfg.head == "tied" or self.apart, E.device.type
-        weight = E if alone else torch.cat((self.head.weight, E), 1)
+        kind = E.device.type
+        weight = E if self.apart else torch.cat((self.head.weight, E), 1)
         weight = weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
-        return weight, self.log_unigram if alone else self.head.bias + self.log_unigram
+        return weight, self.log_unigram if self.apart else self.head.bias + self.log_unigram
 
     def answer(self, features, weight, bias):
         """What forward returns, of features (..., K): for tokens the likelihood of x_t, if there is one, plus what the head says."""
@@ -443,9 +441,8 @@ class Int8(nn.Module):
 def quantize(model, dtype, by_torchao):
     """Make the weights of a network's linear layers int8, in place, by torchao if it is wanted and installed; returns by what. Table,
     norms and the products themselves stay as they are. On a CPU torchao is slower and larger than Int8 (bench/LOG.md)."""
-    full = model.cfg.head == "full" and model.cfg.objective != "eps"
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and (full or m is not model.head)}
-    model.apart = full
+    model.apart = model.cfg.objective != "eps"
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and (model.apart or m is not model.head)}
     if by_torchao and importlib.util.find_spec("torchao"):
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)              # kernels for other hardware that it did not find
@@ -544,8 +541,7 @@ def flops_per_token(model, in_turns):
     prompt, read = cfg.n_layer // cfg.cross_every * 2 * d * d * (1 + P) / T, model.prompt_in.weight.numel() * P / T
     last = 10 * d * d + 2 * T * d + (2 * d * d + 2 * (1 + P) * d) * (cfg.n_layer % cfg.cross_every == 0)
     level = 32 * d + 3 * d * d                                                  # one for all in the clean pass
-    return (6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (6 if model.prompt_table is None else 4) * read
-            + (4 if cfg.head == "full" else 6) * table + 4 * table)
+    return (6 * (prompt + (trunk - last - level) * in_turns + trunk + past + head) + (6 if model.prompt_table is None else 4) * read + 8 * table)
 
 
 def keep_memory():

@@ -11,9 +11,9 @@ import diffusion
 from model import ALL, CLEAN, FORMAT, NOISY, Int8, SunFish, attention, find_checkpoint, load_model, quantize, read_checkpoint, score_mask
 
 
-def meta_size(name, *args):
+def meta_size(name):
     import train
-    cfg = configurator.load(train.Config, [f"config/{name}.py", *args])
+    cfg = configurator.load(train.Config, [f"config/{name}.py"])
     with torch.device("meta"):
         model = SunFish(cfg, 50_257)
     return [sum(p.numel() for p in part.parameters()) for part in (model, model.head)] + [model.table.numel()]
@@ -21,7 +21,6 @@ def meta_size(name, *args):
 
 def test_parameter_counts(monkeypatch):
     monkeypatch.chdir(configurator.Path(configurator.__file__).parent)
-    assert abs(meta_size("micro", "--head=tied")[0] / 41.6e6 - 1) < 0.02
     total, head, _ = meta_size("micro")
     assert abs((total - head) / 41.6e6 - 1) < 0.02 and head == 50_304 * (512 + 1)
     total, head, _ = meta_size("full")
@@ -30,10 +29,9 @@ def test_parameter_counts(monkeypatch):
     assert abs((total - head - table) / 0.5e6 - 1) < 0.15
 
 
-@pytest.mark.parametrize("head", ["full", "tied"])
-def test_logits_at_initialisation_are_the_context_free_posterior(head):
+def test_logits_at_initialisation_are_the_context_free_posterior():
     """log unigram + log N(x_t; a E, s^2 I) up to a constant for each position, whatever the neighbours."""
-    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=8, prompt_size=4, head=head)
+    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=8, prompt_size=4)
     torch.manual_seed(1)
     log_p = torch.randn(50).log_softmax(0)
     model = SunFish(cfg, 50, log_p)
@@ -266,7 +264,7 @@ def held(net):
 
 @torch.no_grad()
 @pytest.mark.parametrize("by", ["torchao", "this file"])
-@pytest.mark.parametrize("settings", [{}, dict(head="tied"), dict(objective="eps")])
+@pytest.mark.parametrize("settings", [{}, dict(objective="eps")])
 def test_an_int8_network_answers_nearly_the_same_from_a_third_of_the_bytes(by, settings):
     if by == "torchao":
         pytest.importorskip("torchao", reason="torchao is not installed")

@@ -142,7 +142,7 @@ class CountFlops(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--cross_every=3", "--n_embd=128", "--head=tied"],
+@pytest.mark.parametrize("args", [[], ["--span_size=0", "--p_given=0"], ["--cross_every=3", "--n_embd=128"],
                                   ["--objective=eps"], ["--prompt_table=gpt2"]])
 def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     cfg = config("--n_layer=3", "--n_embd=64", "--token_dim=32", "--block_size=32", *args)
@@ -152,7 +152,7 @@ def test_flops_are_those_of_the_matrix_products_of_a_step(args):
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:           # attention as products that can be counted
         loss, fit = train.DenoisingLoss(net, cfg)(batch)
         (loss + fit).backward()
-    unread = 2 * net.table.numel() * (cfg.head == "full" and cfg.objective != "eps")          # the gradient of what x_t says
+    unread = 2 * net.table.numel() * (cfg.objective != "eps")          # the gradient of what x_t says
     assert flops_per_token(net, cfg.in_turns) + unread == pytest.approx(count.total / 64, rel=0.015)
 
 
@@ -378,7 +378,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(shards, tmp_path):
     assert plain == pytest.approx(recomputed, rel=1e-6)
 
 
-@pytest.mark.parametrize("args, dtype", [([], torch.float32), (["--head=tied"], torch.float32), ([], torch.bfloat16),
+@pytest.mark.parametrize("args, dtype", [([], torch.float32), ([], torch.bfloat16),
                                          (["--schedule=cosine"], torch.float32)])
 def test_gradients_made_with_the_scores_are_those_of_autograd(windows, monkeypatch, args, dtype):
     def plain(f, width, shared, *inputs):
