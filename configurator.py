@@ -35,7 +35,7 @@ class ModelConfig:
     cross_every: int = 1             # cross-attention to the prompt in every n-th block
     objective: str = "ce"            # ce, cross-entropy of the token; eps, squared error of the noise
     prompt_table: str = "learned"    # vectors of the prompt's tokens: learned, those that are diffused; gpt2, GPT-2's own, frozen
-    schedule: str = "gumbel"         # gumbel (fitted while training), linear, cosine, sqrt
+    schedule: str = "gumbel"         # gumbel (fitted while training), linear, cosine
     timesteps: int = 1000            # noise levels in the schedule
     beta_start: float = 1e-4         # first and
     beta_end: float = 0.02           # last beta of schedule=linear at 1000 timesteps
@@ -58,7 +58,7 @@ class ModelConfig:
         if not self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_end={self.beta_end} is not between beta_start={self.beta_start} and 1; try 0.02")
         for name, known in (("objective", ("ce", "eps")), ("prompt_table", ("learned", "gpt2")),
-                            ("schedule", ("gumbel", "linear", "cosine", "sqrt"))):
+                            ("schedule", ("gumbel", "linear", "cosine"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {', '.join(known)}")
 

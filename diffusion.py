@@ -35,11 +35,6 @@ def cosine_schedule(timesteps):
     return from_function(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, timesteps)
 
 
-def sqrt_schedule(timesteps):
-    """alpha_bar = 1 - sqrt(u + 1e-4), which starts noisy (Diffusion-LM, Li et al. 2022, appendix A)."""
-    return from_function(lambda u: 1 - (u + 1e-4).sqrt(), timesteps)
-
-
 def gumbel_schedule(timesteps, mu, beta, norm):
     """Equal quantiles of a Gumbel distribution in g = -log_snr - 2 log(norm), cut to [CLEAN, NOISY].
 
@@ -68,8 +63,7 @@ def make_schedule(cfg, fitted):
     if cfg.schedule == "gumbel":
         mu, log_beta, _ = fitted.detach().double()
         return gumbel_schedule(cfg.timesteps, mu, log_beta.exp(), math.sqrt(cfg.token_dim))
-    make = {"linear": lambda n: linear_schedule(n, cfg.beta_start, cfg.beta_end), "cosine": cosine_schedule,
-            "sqrt": sqrt_schedule}[cfg.schedule]
+    make = {"linear": lambda n: linear_schedule(n, cfg.beta_start, cfg.beta_end), "cosine": cosine_schedule}[cfg.schedule]
     return make(cfg.timesteps).to(fitted.device)
 
 

@@ -22,7 +22,7 @@ SIZE = dict(n_layer=2, n_head=2, n_embd=128, token_dim=64, block_size=64, prompt
 VARIANTS = {
     "default": {}, "seed=2": dict(seed=2), "seed=3": dict(seed=3),
     "objective=eps": dict(objective="eps"),
-    "schedule=linear": dict(schedule="linear"), "schedule=cosine": dict(schedule="cosine"), "schedule=sqrt": dict(schedule="sqrt"),
+    "schedule=linear": dict(schedule="linear"), "schedule=cosine": dict(schedule="cosine"),
     "streams=1": dict(streams=1), "streams=1 seed=2": dict(streams=1, seed=2), "streams=16": dict(streams=16),
     "spans=0": dict(p_spans=0.0, p_whole=0.0), "spans=0.5": dict(p_spans=0.5), "warmup=0": dict(span_warmup=0.0),
     "given=0": dict(p_given=0.0), "given=0.5": dict(p_given=0.5), "whole=0.3": dict(p_whole=0.3),

@@ -6,7 +6,7 @@ import torch
 
 import diffusion as d
 
-SCHEDULES = {"linear": d.linear_schedule, "cosine": d.cosine_schedule, "sqrt": d.sqrt_schedule,
+SCHEDULES = {"linear": d.linear_schedule, "cosine": d.cosine_schedule,
              "gumbel": lambda timesteps: d.gumbel_schedule(timesteps, -1.9, 0.85, 4.0)}
 MEAN, STD = 1.5, 0.6
 

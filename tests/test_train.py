@@ -327,7 +327,7 @@ def test_evaluation_is_logged_and_printed(shards, tmp_path):
     (["--p_given=0.9", "--p_whole=0.9"], "add up to more than 1"),
     (["--span_size=17"], "span_size=17 is not between 0"), (["--p_whole=1", "--p_given=0"], "use --span_size=0"),
     (["--device=cuda"], "sees no CUDA device"),
-    (["--schedule=quadratic"], "use one of gumbel, linear, cosine, sqrt"),
+    (["--schedule=quadratic"], "use one of gumbel, linear, cosine"),
     (["--dataset=nowhere"], "prepare_fineweb.py"),
     (["--block_size=1000000", "--batch_tokens=4000000"], "block_size")])
 def test_mistakes_get_one_line_and_leave_nothing(args, words, shards, tmp_path):
