@@ -979,22 +979,13 @@ def train_step(model, cfg, batches, device, autocast):
     return loss / tokens, waited
 
 
-def watch_spikes(seen, loss):
-    """Count losses more than six standard deviations above their running mean: (steps, mean, variance, spikes), updated."""
-    steps, mean, variance, spikes = seen
-    spike = steps >= 50 and loss > mean + 6 * math.sqrt(variance)
-    share = max(1 / (steps + 1), 0.01)
-    return steps + 1, mean + share * (loss - mean), (1 - share) * (variance + share * (loss - mean) ** 2), spikes + spike
-
-
 def print_row(cfg, row, mfu):
     """The line of the log; a step much longer than its part that waits for data is the machine's, else the loader's."""
     mfu = f" mfu {mfu:.1%}" if mfu else ""
-    spikes = f" spikes {row['spikes']}" if row["spikes"] else ""
     left = format_time((cfg.max_steps - row["step"]) * row["step_ms"] / 1000)
-    print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f}{more} {tokens_per_second:,.0f} tokens/s{mfu} "
+    print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} {tokens_per_second:,.0f} tokens/s{mfu} "
           "step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(
-              max_steps=cfg.max_steps, more=spikes, mfu=mfu, left=left, **row), flush=True)
+              max_steps=cfg.max_steps, mfu=mfu, left=left, **row), flush=True)
 
 
 def catch_signals():
@@ -1081,7 +1072,7 @@ def main(cfg):
         if checkpoint and checkpoint.get("base") != named.get("base"):
             fail(f"the adapter in {cfg.out_dir} was trained on the network {checkpoint['base']}, and init_from={cfg.init_from} is {named['base']}")
         log = Log(cfg, file, checkpoint["step"] if checkpoint else 0, checkpoint and checkpoint["wandb_id"])
-    start, spikes = share((checkpoint["step"], checkpoint["spikes"]) if checkpoint else (0, (0, 0.0, 0.0, 0)))
+    start = share(checkpoint["step"] if checkpoint else 0)
 
     raw_model, ema, model, optimizer = build(cfg, train_windows, checkpoint, given, device, dtype, compiled)
     del checkpoint, base, given
@@ -1112,7 +1103,6 @@ def main(cfg):
                  "GB; halve batch_size, accumulation keeps the step the same", code=1)
         optimizer.zero_grad(set_to_none=True)
         update_ema(ema, raw_model, cfg.ema_decay, step)
-        spikes = watch_spikes(spikes, loss)
         leaving, waited = reduce((max(stopped, default=0), waited), device, dist.ReduceOp.MAX)    # all leave, or none
         span += 1, time.perf_counter() - clock, waited
         done = step + 1
@@ -1123,14 +1113,14 @@ def main(cfg):
             rate = steps * cfg.batch_tokens / seconds
             row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * cfg.batch_tokens, tokens_per_second=rate,
                        step_ms=1000 * seconds / steps, data_ms=1000 * waited / steps, peak_gb=peak_gb(device),
-                       spikes=spikes[-1], schedule=whole(raw_model.schedule).tolist())
+                       schedule=whole(raw_model.schedule).tolist())
             print_row(cfg, row, peak and rate * flops / peak / world_size())
             if log:
                 log.write(**row)
         if done % cfg.save_interval == 0 or last:
             state = gather_state(raw_model, ema, optimizer)
             if log:
-                save_checkpoint(cfg, step=done, data=data, wandb_id=log.wandb_id, spikes=spikes, **named, **state)
+                save_checkpoint(cfg, step=done, data=data, wandb_id=log.wandb_id, **named, **state)
             saved = done
         if cfg.eval_interval and done % cfg.eval_interval == 0 or last and not leaving:
             network = whole_network(ema, cfg, vocab_size, device)
