@@ -20,7 +20,6 @@ import math
 import os
 import re
 import sys
-import weakref
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configurator import ModelConfig
@@ -40,7 +38,6 @@ GAIN = 4                      # of what the head reads, for which Adam's steps o
 GPT2_DIM = 768                # width of GPT-2's token vectors
 KERNEL = 7                    # positions that the convolution before each attention mixes, three on either side
 NEVER = -1e9                  # score of a padding id; finite, so that guidance cannot turn it into nan
-HUGE_PAGE = 2 ** 21           # bytes
 FORMAT = 4                    # of a checkpoint file
 EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of a network that is shared
 SCORES = 2 ** 25              # most scores over the vocabulary that stand in memory at once: 134 MB in float32
@@ -497,30 +494,6 @@ def peak_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 976562.5)
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, the most that stood at once, and the largest one."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.page = HUGE_PAGE if device.type == "cpu" else 512          # large tensors take whole pages, and a header
-        self.now, self.most, self.largest, self.alive = 0, 0, 0, weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        made = f(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)):
-            if storage not in self.alive:
-                size = storage.nbytes()
-                size = size if size < self.page else -(-(size + 16) // self.page) * self.page
-                self.alive[storage] = True
-                self.count(size)
-                weakref.finalize(storage, self.count, -size)
-        return made
-
-    def count(self, size):
-        self.now += size
-        self.most, self.largest = max(self.most, self.now), max(self.largest, size)
-
-
 def trunk_products(cfg, T):
     """Multiply-adds of the trunk's matrix products for one of T tokens that all see each other, keys of the prompt aside."""
     d, crossed = cfg.n_embd, cfg.n_layer // cfg.cross_every
@@ -547,7 +520,7 @@ def flops_per_token(model, in_turns):
 def keep_memory():
     """Let glibc reuse the memory of large tensors, in huge pages: returning it to the kernel and faulting it in again took
     half of a training step on a CPU (bench/LOG.md). To be called before the first tensor; elsewhere it does nothing."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")       # torch then aligns tensors from HUGE_PAGE bytes on to it
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")       # torch then aligns tensors from 2 MB on to pages of that size
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)                  # M_MMAP_MAX: no allocation through mmap

@@ -50,7 +50,7 @@ class Config(ModelConfig):
     dtype: str = "auto"                  # auto, float32, bfloat16: of the matrix products, and the scores they make
     compile: str = "auto"                # auto, true, false: torch.compile
     activation_checkpointing: bool = False   # recompute the blocks in the backward pass: less memory, more time
-    dry_run: bool = False                # print sizes, batch and memory, then stop
+    dry_run: bool = False                # print sizes, batch and bytes that are kept, then stop
     # log
     log_interval: int = 10               # steps between log lines
     eval_interval: int = 500             # steps between evaluations; 0 is off
@@ -159,12 +159,11 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 from diffusion import generator, mix
-from model import (KERNEL, LATER, SCORES, Peak, SunFish, add_lora, choose_device, find_checkpoint, fingerprint, flops_per_token, gpt2_vectors,
+from model import (KERNEL, LATER, SCORES, SunFish, add_lora, choose_device, find_checkpoint, fingerprint, flops_per_token, gpt2_vectors,
                    has_bf16, in_chunks, keep_memory, loss_in_chunks, model_config, peak_flops, peak_gb, write_checkpoint)
 from prepare_fineweb import find_dataset, find_shards, get_tokenizer, lock, read_examples, read_meta, read_shard
 from sample import Config as SampleConfig, sample, until
 
-LIBRARIES = 120e6           # bytes that torch's CPU kernels, optimizer and the thread for batches add to a process in its first step
 DISK = 1e9                  # bytes a second that a disk is taken to write, for the estimate of a dry run
 SCHEDULE_RATE = 3e-3        # learning rate of the fitted schedule's three scalars
 
@@ -713,58 +712,26 @@ def choose_machine(cfg):
     return device, dtype, compiled
 
 
-def estimate_memory(cfg, vocab_size, device, dtype):
-    """Bytes of weights, averages and optimizer between steps, and the peak within one: of one process, eager, from two steps
-    on tensors without memory (FakeTensorMode). On a CPU, add torch's libraries and once more the largest tensor, for the
-    holes that the allocator leaves (bench/LOG.md)."""
-    B, T, P = cfg.sequences, cfg.block_size, cfg.prompt_size
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(), torch.device(device), Peak(device) as peak:
-        net, ema = new_network(cfg, vocab_size), new_network(cfg, vocab_size)
-        share_frozen(ema, net)
-        model, optimizer = DenoisingLoss(recompute_blocks(net, cfg), cfg), make_optimizer(net, cfg)
-        shapes = *[((B, T), torch.int64)] * 3, ((B, T, cfg.token_dim), None), ((B, P), torch.int64), ((B, P), torch.bool)
-        accumulates = cfg.samples > cfg.sequences * world_size()
-        for last in (True, False, True) if accumulates else (True, True):
-            batch = Batch(*(torch.zeros(shape, dtype=kind) for shape, kind in shapes), torch.ones(B, T, dtype=torch.bool), B // 2)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, fit = model(batch)
-            (loss + fit).backward()
-            del loss, fit, batch
-            if last:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                update_ema(ema, net, cfg.ema_decay, 0)
-        return peak.now, peak.most + (LIBRARIES + peak.largest if device.type == "cpu" else 0)
-
-
 def dry_run(cfg):
     """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
-    keep_memory()
-    device, dtype, _ = choose_machine(cfg)
+    choose_machine(cfg)
     cfg, base = begin_with(cfg)
     folders = (Path(root, name) for name in cfg.dataset.split(",") for root in ("data", ""))
     vocab_size, label = (base["data"]["vocab_size"], "of init_from") if base else (50_257, "GPT-2's")
     if any(any(folder.glob("*train*.bin")) for folder in folders):
-        data, windows, _ = open_data(cfg)
+        data, _, _ = open_data(cfg)
         check_tokenizer(cfg, data, base)
         vocab_size, label = data["vocab_size"], f"of {data['label']}"
-        get_tokenizer(data["tokenizer"])
-        windows.unigram()                                       # as main does, so that the process counts with what it holds
-    process = peak_gb(device) * 1e9 if device.type == "cpu" else 0
     with torch.device("meta"):
         net = new_network(cfg, vocab_size)
     n, table, head = sum(p.numel() for p in net.parameters()), net.table.numel(), sum(p.numel() for p in net.head.parameters())
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     kept = trained if cfg.lora_rank else n
-    state, most = estimate_memory(cfg, vocab_size, device, dtype)
-    sharded = (state + 4 * trained) / 8 + most - state - 4 * trained
     print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
           f"{vocab_size:,} ({label}), table {net.table.size(0):,} rows")
     print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table - head:,} without table and head")
     print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens")
-    print(f"memory on {device}, estimated: weights, average and optimizer {state / 1e9:.2f} GB, peak {(most + process) / 1e9:.2f} "
-          f"GB; with parallel=fsdp about {(sharded + process) / 1e9:.2f} GB on each of 8")
+    print(f"memory: weights, average and optimizer {(4 * n + 12 * trained) / 1e9:.2f} GB; the peak of a step is in the first row of the log")
     print(f"checkpoint: {kept * 16 / 1e9:.2f} GB, about {kept * 16 / DISK:.1f} s on a disk that writes {DISK / 1e9:.0f} GB a second")
 
 
