@@ -13,9 +13,7 @@ A pre-norm transformer with full attention. Four things set it apart from a lang
 import ctypes
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import logging
 import math
 import os
 import re
@@ -435,22 +433,11 @@ class Int8(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
-def quantize(model, dtype, by_torchao):
-    """Make the weights of a network's linear layers int8, in place, by torchao if it is wanted and installed; returns by what. Table,
-    norms and the products themselves stay as they are. On a CPU torchao is slower and larger than Int8 (bench/LOG.md)."""
+def quantize(model, dtype):
+    """Make the weights of a network's linear layers int8, in place. Table, norms and the products themselves stay as they are."""
     model.apart = model.cfg.objective != "eps"
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and (model.apart or m is not model.head)}
-    if by_torchao and importlib.util.find_spec("torchao"):
-        for name in ("torchao", "torch.utils._pytree"):
-            logging.getLogger(name).setLevel(logging.ERROR)              # kernels for other hardware that it did not find
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-        for layer in layers.values():
-            layer.to(dtype)
-        quantize_(model, Int8WeightOnlyConfig(), lambda m, name: name in layers)
-        return "torchao"
-    for name, layer in layers.items():
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and (model.apart or m is not model.head)]:
         model.set_submodule(name, Int8(layer, dtype))
-    return "this file's Int8"
 
 
 def choose_device(name):
@@ -685,7 +672,7 @@ def to_read(model, device, dtype, int8=False):
     """The network, ready to use, the weights of its products in dtype, or in int8."""
     model.requires_grad_(False)
     if int8:
-        quantize(model, dtype, torch.device(device).type == "cuda")
+        quantize(model, dtype)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.to(dtype)

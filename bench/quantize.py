@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import fail, load        # noqa: E402
 
-ROWS = ("float32", "float32 int8", "float32 torchao", "bfloat16", "bfloat16 int8", "bfloat16 torchao")
+ROWS = ("float32", "float32 int8", "bfloat16", "bfloat16 int8")
 
 
 @dataclass(frozen=True)
@@ -41,35 +41,26 @@ class Config:
 if __name__ == "__main__":
     CFG = load(Config)
 
-import importlib.util                      # noqa: E402
-import math
+import math                                # noqa: E402
 import time
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import quality
 import sample
 import train
-from model import SunFish, keep_memory, model_config, peak_gb, quantize, to_read
+from model import keep_memory, load_model, peak_gb
 
 
 def held(net):
-    """Bytes of a network's tensors, whatever they are made of."""
-    parts = [[getattr(x, name) for name in x.__tensor_flatten__()[0]] if is_traceable_wrapper_subclass(x) else [x]
-             for x in (*net.parameters(), *net.buffers())]
-    return sum(x.nbytes for part in parts for x in part)
+    """Bytes of a network's tensors."""
+    return sum(x.nbytes for x in (*net.parameters(), *net.buffers()))
 
 
 def open_network(content, row):
     """The network of a checkpoint's content, in the way that a row names."""
     dtype, _, int8 = row.partition(" ")
-    net = SunFish(model_config(content), content["data"]["vocab_size"])
-    net.load_state_dict(content["ema"])
-    net.requires_grad_(False)
-    if int8:
-        quantize(net, getattr(torch, dtype), int8 == "torchao")
-    return to_read(net, "cpu", getattr(torch, dtype))
+    return load_model(content, "cpu", getattr(torch, dtype), bool(int8))
 
 
 def measure(cfg):
@@ -104,9 +95,6 @@ def main(cfg):
         return print(json.dumps(measure(cfg)))
     table = []
     for row in ROWS:
-        if "torchao" in row and not importlib.util.find_spec("torchao"):
-            print(f"{row}: torchao is not installed")
-            continue
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--row={row}"], text=True, capture_output=True)
         if done.returncode:
             fail(f"{row}: {done.stderr.strip()}", done.returncode)

@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import configurator
 import diffusion
@@ -256,25 +255,20 @@ def test_int8_is_off_by_half_a_step_of_its_row_at_most(rows):
 
 
 def held(net):
-    """Bytes of a network's tensors, whatever they are made of."""
-    parts = [[getattr(x, name) for name in x.__tensor_flatten__()[0]] if is_traceable_wrapper_subclass(x) else [x]
-             for x in (*net.parameters(), *net.buffers())]
-    return sum(x.nbytes for part in parts for x in part)
+    """Bytes of a network's tensors."""
+    return sum(x.nbytes for x in (*net.parameters(), *net.buffers()))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("by", ["torchao", "this file"])
 @pytest.mark.parametrize("settings", [{}, dict(objective="eps")])
-def test_an_int8_network_answers_nearly_the_same_from_a_third_of_the_bytes(by, settings):
-    if by == "torchao":
-        pytest.importorskip("torchao", reason="torchao is not installed")
+def test_an_int8_network_answers_nearly_the_same_from_a_third_of_the_bytes(settings):
     torch.manual_seed(0)
     net = SunFish(configurator.ModelConfig(n_layer=2, n_head=2, n_embd=64, token_dim=16, block_size=12, prompt_size=6, **settings), 500)
     for layer in (net.head, net.time_out):
         torch.nn.init.normal_(layer.weight, std=0.1)
     inputs, table = (torch.randn(2, 12, 16), torch.full((2, 12), -9.0), torch.zeros(2, 12, 16)), net.table.nbytes
     want, before, products = net(*inputs), held(net), net.table.clone()
-    assert by in quantize(net, torch.float32, by == "torchao")
+    quantize(net, torch.float32)
     got = net(*inputs)
     keep = slice(0, 500 if settings.get("objective") != "eps" else 16)
     error = (got - want)[..., keep].pow(2).mean().sqrt() / want[..., keep].std()
