@@ -16,8 +16,7 @@ from configurator import fail, load
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = ""             # file, folder of a run or an export, or hf:user/name; empty is the newest under out/
-    lora: str = ""                   # file or folder of adapters; the checkpoint is then their base, by default where it was
+    checkpoint: str = ""             # file, folder of a run, adapters or an export, or hf:user/name; empty is the newest under out/
     mode: str = "generate"           # generate, or infill with --text
     prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin, empty is none
     text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits best) or [MASK:n] (n tokens); or @FILE, -
@@ -345,28 +344,22 @@ def sample(model, cfg, canvas, numbers, watch=None, end=None):
 
 
 def open_checkpoint(cfg):
-    """(path, content) of the checkpoint that is asked for, adapters merged into it."""
-    adapter, base = None, cfg.checkpoint or "out"
+    """(path, content) of the checkpoint that is asked for; adapters are merged into the network that they were trained on."""
+    place = cfg.checkpoint or "out"
     try:
-        if cfg.lora:
-            adapter_path, adapter = find_checkpoint(cfg.lora) or fail(f"no adapters at lora={cfg.lora}; train some with --lora_rank=8")
-            if "base" not in adapter:
-                fail(f"lora={adapter_path} is a whole network; use --checkpoint={cfg.lora}")
-            base = cfg.checkpoint or adapter["config"]["init_from"]
-        found = find_checkpoint(base)
-        if found and not cfg.checkpoint and not adapter and "base" in found[1]:         # the newest are adapters
-            adapter_path, adapter = found
-            found = find_checkpoint(adapter["config"]["init_from"])
+        path, content = find_checkpoint(place) or fail(f"no checkpoint at {place}; train one with `python train.py config/tiny.py`, or name it "
+                                                       "with --checkpoint")
+        if "base" not in content:
+            return path, content
+        init_from = content["config"]["init_from"]
+        _, base = find_checkpoint(init_from) or fail(f"no checkpoint at init_from={init_from}, where the adapters in {path} began with the network "
+                                                     f"{content['base']}; put it back there")
     except ValueError as error:
-        fail(f"{error}; train again, or name another with --{'lora' if adapter is None and cfg.lora else 'checkpoint'}", code=1)
-    path, content = found or fail(f"no checkpoint at {base}; " + ("name the base of the adapters with --checkpoint" if adapter else
-                                  "train one with `python train.py config/tiny.py`, or name it with --checkpoint"))
-    if "base" in content:
-        fail(f"{path} holds adapters; use --lora={path} and, with --checkpoint, the network that they were trained on")
+        fail(f"{error}; train again, or name another with --checkpoint", code=1)
     try:
-        return (adapter_path, merged(content, adapter)) if adapter else (path, content)
+        return path, merged(base, content)
     except ValueError as error:
-        fail(f"{error}; name that one with --checkpoint")
+        fail(f"{path}: {error}; put that one back there")
 
 
 def main(cfg):

@@ -1098,7 +1098,7 @@ def main(cfg):
     if saved < cfg.max_steps:
         print(f"saved step {saved:,} in {cfg.out_dir}; the same command with --resume=True goes on")
     else:
-        print(f"done: step {cfg.max_steps:,}; python sample.py --{'lora' if cfg.lora_rank else 'checkpoint'}={cfg.out_dir}")
+        print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={cfg.out_dir}")
     code = 128 + int(leaving) if saved < cfg.max_steps else 0
     if dist.is_initialized():
         leave(log, code)

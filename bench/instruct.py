@@ -45,17 +45,14 @@ import torch
 import quality
 import sample
 import train
-from model import find_checkpoint, keep_memory, load_model, model_config
+from model import keep_memory, load_model, model_config
 from prepare_fineweb import get_tokenizer
 
 
 def open_network(place):
     """(content, path) of a checkpoint, or of adapters, merged into their base; ends the program if there is none."""
-    try:
-        found = find_checkpoint(place) or fail(f"no checkpoint at {place}; name a run, an export or adapters")
-    except ValueError as error:
-        fail(error)
-    return sample.open_checkpoint(sample.Config(**{"lora" if "base" in found[1] else "checkpoint": place}))[1], found[0]
+    path, content = sample.open_checkpoint(sample.Config(checkpoint=place))
+    return content, path
 
 
 def pair_up(val, n, other=0):

@@ -228,7 +228,7 @@ def test_adapters_are_all_that_is_trained_and_kept(command, base, tmp_path):
     assert len(changed) == 13 and all(name.startswith("blocks.") for name in changed)
     row = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     assert row[0]["loss"] > row[-2]["loss"]
-    out = call(["sample.py", f"--lora={tmp_path / 'parts'}", "--prompt=the dog", "--seq_len=4"])         # the base is where it was
+    out = call(["sample.py", f"--checkpoint={tmp_path / 'parts'}", "--prompt=the dog", "--seq_len=4"])         # the base is where it was
     assert "ckpt_00000008.pt: step 8" in out.stderr
 
 
@@ -239,13 +239,16 @@ def test_adapters_that_are_the_newest_run_write_on_their_base(command, tmp_path,
 
 
 def test_adapters_of_another_network_are_refused(command, base, answering, tmp_path):
-    args = [*command, "--lora_rank=2", "--max_steps=2", "--save_interval=1", f"--out_dir={tmp_path / 'run'}"]
+    place = shutil.copytree(base, tmp_path / "base")
+    args = [*command, "--lora_rank=2", "--max_steps=2", "--save_interval=1", f"--out_dir={tmp_path / 'run'}", f"--init_from={place}"]
     call(args)
-    sampling = ["sample.py", f"--lora={tmp_path / 'run'}", "--prompt=the dog"]
-    assert "the adapter was trained on the network" in call([*sampling, f"--checkpoint={answering}"], 2).stderr
-    assert "is a whole network" in call(["sample.py", f"--lora={base}"], 2).stderr
-    assert "holds adapters; use --lora" in call(["sample.py", f"--checkpoint={tmp_path / 'run'}"], 2).stderr
-    assert "no adapters at lora" in call(["sample.py", f"--lora={tmp_path / 'nowhere'}"], 2).stderr
+    sampling, trained_on = ["sample.py", f"--checkpoint={tmp_path / 'run'}", "--prompt=the dog"], find_checkpoint(tmp_path / "run")[1]["base"]
+    place.rename(tmp_path / "moved")
+    err = call(sampling, 2).stderr
+    assert f"no checkpoint at init_from={place}" in err and trained_on in err and err.count("\n") == 1
+    shutil.copytree(answering, place)                   # another network in the place of the base
+    err = call(sampling, 2).stderr
+    assert f"the adapter was trained on the network {trained_on} (init_from={place})" in err and err.count("\n") == 1
     assert "is an adapter" in call([*command, f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'new'}"], 2).stderr
     assert "was trained on the network" in call([*args, "--resume=True", "--max_steps=3", f"--init_from={answering}"], 2).stderr
 

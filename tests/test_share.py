@@ -74,8 +74,8 @@ def test_training_goes_on_from_an_export_with_its_tokenizer(exported, shards, tm
 def test_adapters_are_exported_merged(exported, pairs, tmp_path):
     call(["train.py", *SIZE, f"--dataset={pairs}", f"--init_from={exported}", f"--out_dir={tmp_path / 'lora'}", "--max_steps=2", "--lora_rank=2",
           "--block_size=32", "--prompt_size=16", "--learning_rate=1e-2", "--warmup_steps=0"])
-    call(["sample.py", f"--lora={tmp_path / 'lora'}", f"--export={tmp_path / 'merged'}"])
-    a, b = (call(["sample.py", arg, "--prompt=the dog"]).stdout for arg in (f"--lora={tmp_path / 'lora'}", f"--checkpoint={tmp_path / 'merged'}"))
+    call(["sample.py", f"--checkpoint={tmp_path / 'lora'}", f"--export={tmp_path / 'merged'}"])
+    a, b = (call(["sample.py", f"--checkpoint={tmp_path / name}", "--prompt=the dog"]).stdout for name in ("lora", "merged"))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "| begun with | text.jsonl" in card and "20 steps" in card and "--mode=infill" not in card
     assert a == b and find_checkpoint(tmp_path / "merged")[1]["data"]["kind"] == "instructions"
