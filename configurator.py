@@ -1,9 +1,11 @@
-"""Settings for the scripts: a frozen dataclass, then config files, then the command line; the later one wins.
+"""
+Settings for the scripts, and how a run ends.
 
-    python train.py config/micro.py --lr=3e-4 --device cpu
+    python train.py config/micro.py --learning_rate=3e-4 --device cpu
 
-A script declares one dataclass of int, float, bool and str fields, one line a setting, and calls `load(Config)`. Config
-files hold `name = value` lines and are read, never run. A mistake ends the script with one line and exit code 2.
+A script declares one frozen dataclass of int, float, bool and str fields, one line a setting, and calls `run(main, Config)`.
+Settings come from the dataclass, then from config files, then from the command line; the later one wins. Config files hold
+`name = value` lines and are read, never run. A mistake ends the script with one line and exit code 2, a fault with exit code 1.
 """
 import ast
 import dataclasses
@@ -18,50 +20,7 @@ import signal
 import sys
 import time
 import typing
-from dataclasses import dataclass
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    # what a checkpoint needs to be used; here and not in model.py, so that --help does not wait for torch
-    n_layer: int = 8                 # transformer blocks
-    n_head: int = 8                  # attention heads
-    n_embd: int = 512                # width of the trunk
-    token_dim: int = 136             # width C of a token vector, the space that is diffused
-    block_size: int = 512            # tokens in a window
-    prompt_size: int = 64            # most tokens of prompt that cross-attention sees
-    span_size: int = 8               # most tokens that are written together, from left to right; 0 is the whole window
-    cross_every: int = 1             # cross-attention to the prompt in every n-th block
-    objective: str = "ce"            # ce, cross-entropy of the token; eps, squared error of the noise
-    prompt_table: str = "learned"    # vectors of the prompt's tokens: learned, those that are diffused; gpt2, GPT-2's own, frozen
-    schedule: str = "gumbel"         # gumbel (fitted while training), linear, cosine
-    timesteps: int = 1000            # noise levels in the schedule
-    beta_start: float = 1e-4         # first and
-    beta_end: float = 0.02           # last beta of schedule=linear at 1000 timesteps
-
-    def check(self):
-        """Raise ValueError, in one line that says what to do, for a network that cannot be built."""
-        for name in "n_layer n_head n_embd token_dim block_size prompt_size cross_every beta_start".split():
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.n_embd % (2 * self.n_head):
-            near = max(1, round(self.n_embd / (2 * self.n_head))) * 2 * self.n_head
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head}; try {near}")
-        if self.cross_every > self.n_layer:
-            raise ValueError(f"cross_every={self.cross_every} is more than n_layer={self.n_layer}: no block would see the prompt; "
-                             f"try {self.n_layer}")
-        if not 0 <= self.span_size <= self.block_size:
-            raise ValueError(f"span_size={self.span_size} is not between 0 (the whole window) and block_size={self.block_size}")
-        if self.timesteps < 2:
-            raise ValueError(f"timesteps={self.timesteps} is less than 2; 1000 is usual")
-        if not self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"beta_end={self.beta_end} is not between beta_start={self.beta_start} and 1; try 0.02")
-        for name, known in (("objective", ("ce", "eps")), ("prompt_table", ("learned", "gpt2")),
-                            ("schedule", ("gumbel", "linear", "cosine"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)} is unknown; use one of {', '.join(known)}")
-
 
 KINDS = {int: "a whole number, like 100_000 or 1e5", float: "a finite number, like 0.1 or 3e-4", bool: "true or false",
          str: "text in quotes"}
@@ -69,24 +28,59 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}    # 9 ** 9 ** 9 overflows at once as floats
 
 
-def fail(message, code=2) -> typing.NoReturn:
-    """End the program with one line on stderr: code 2 is the user's mistake, 1 a fault at run time.
+class UserError(Exception):
+    """A mistake of the user: what, which value, what to do next. `run` prints it in one line; exit code 2."""
 
-    Most mistakes are those of all the processes that torchrun started on a machine: the first one speaks at once, and
-    torchrun then ends the others before they repeat it.
-    """
+
+class Fault(Exception):
+    """A fault at run time, such as a full disk. `run` prints it in one line; exit code 1."""
+
+
+def run(main, Config):
+    """Call main(settings) and end the program with its exit code; the only place that catches UserError and Fault."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(line_buffering=True)         # a log file or a pipe gets each line at once
+    try:
+        code = main(load(Config))
+    except UserError as error:
+        code = say_error(error, 2)
+    except Fault as error:
+        code = say_error(error, 1)
+    except KeyboardInterrupt:
+        code = say_error("interrupted", 130)
+    except BrokenPipeError:                             # the reader, such as head, has seen enough
+        os._exit(141)
+    sys.exit(code)
+
+
+def say_error(error, code):
+    """Print an error in one line; returns the code. Under torchrun the first process of a machine speaks, before the others
+    repeat it: torchrun ends them as soon as one process has ended."""
     if int(os.environ.get("LOCAL_RANK", "0")):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
-    raise SystemExit(code)
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+    return code
+
+
+def in_range(cfg, low, high, *names):
+    """Raise UserError unless low <= value <= high for each of these settings."""
+    for name in names:
+        if not low <= getattr(cfg, name) <= high:
+            raise UserError(f"{name}={getattr(cfg, name)} is out of range; choose {low:g} to {high:g}")
+
+
+def one_of(cfg, name, *choices):
+    """Raise UserError unless the setting is one of the choices."""
+    if getattr(cfg, name) not in choices:
+        raise UserError(f"{name}={getattr(cfg, name)} is unknown; use one of {', '.join(choices)}")
 
 
 def load(Config, argv=None):
     """An instance of the dataclass `Config` from its defaults, the config files and the command line, in this order.
 
-    If `Config` has a method `check`, it is called, and a ValueError it raises becomes the one-line error. What was set is kept
-    as a frozenset of names, `given`.
+    Its method `check`, if there is one, may raise UserError. The names of the settings that were given are kept as a frozenset,
+    `given`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     hints = typing.get_type_hints(Config)
@@ -95,30 +89,29 @@ def load(Config, argv=None):
     if "-h" in argv or "--help" in argv:
         print(help_text(Config))
         raise SystemExit(0)
-    files, given = split_args(argv, kinds)
+    files, pairs = split_args(argv, kinds)
     settings = {}
     for path in files:
         settings.update(read_config(path, kinds))
-    settings.update({name: convert(name, text, kinds[name], "--") for name, text in given})
+    for name, text in pairs:
+        settings[name] = convert(name, text, kinds[name], "--")
     cfg = Config(**settings)
-    object.__setattr__(cfg, "given", frozenset(settings))           # a frozen dataclass, and no setting
-    try:
-        if hasattr(cfg, "check"):
-            cfg.check()
-    except ValueError as error:
-        fail(error)
+    object.__setattr__(cfg, "given", frozenset(settings))           # the dataclass is frozen, and this is no setting
+    if hasattr(cfg, "check"):
+        cfg.check()
     return cfg
 
 
 def describe(cfg):
     """The settings that differ from their defaults, in one line."""
-    values = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    fields = dataclasses.fields(cfg)
+    values = {field.name: getattr(cfg, field.name) for field in fields if getattr(cfg, field.name) != field.default}
     return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items()) or "all settings at default"
 
 
 def split_args(argv, kinds):
-    """Config files and (name, text) pairs, each in the order given; knows `--key=value` and `--key value`."""
-    files, given, args = [], [], list(argv)
+    """Config files and (name, text) pairs, each in the order given; knows `--key=value`, `--key value` and a bare `--flag`."""
+    files, pairs, args = [], [], list(argv)
     while args:
         arg = args.pop(0)
         if not arg.startswith("-"):
@@ -126,13 +119,21 @@ def split_args(argv, kinds):
             continue
         name, equals, text = arg[2:].partition("=")
         if not arg.startswith("--") or name not in kinds:
-            unknown(arg.lstrip("-").split("=")[0], kinds, arg)
-        if not equals:                              # the next word is the value, unless it is a setting itself
-            if not args or args[0].startswith("--") and args[0][2:].split("=")[0] in kinds:
-                fail(f"{arg} needs a value: {arg}={'True' if kinds[name] is bool else '...'}")
-            text = args.pop(0)
-        given.append((name, text))
-    return files, given
+            raise unknown(arg.lstrip("-").split("=")[0], kinds, arg)
+        if not equals:
+            text = next_value(arg, args, kinds, kinds[name])
+        pairs.append((name, text))
+    return files, pairs
+
+
+def next_value(arg, args, kinds, kind):
+    """The value of `--key value`, taken from args; a bare flag is true."""
+    is_value = args and not (args[0].startswith("--") and args[0][2:].split("=")[0] in kinds)
+    if kind is bool:
+        return args.pop(0) if is_value and args[0].lower() in ("true", "false") else "true"
+    if not is_value:
+        raise UserError(f"{arg} needs a value: {arg}=...")
+    return args.pop(0)
 
 
 def read_config(path, kinds):
@@ -141,28 +142,34 @@ def read_config(path, kinds):
         lines = ast.parse(Path(path).read_bytes()).body
     except OSError as error:
         known = " ".join(sorted(map(str, Path("config").glob("*.py"))))
-        fail(f"cannot read config file {path}: {error.strerror}; " + (f"there are {known}" if known else "see --help"))
+        hint = f"there are {known}" if known else "see --help"
+        raise UserError(f"cannot read config file {path}: {error.strerror}; {hint}") from None
     except (SyntaxError, ValueError) as error:      # ValueError: NUL bytes
-        line = getattr(error, "lineno", 1)
-        fail(f"{path}:{line}: {getattr(error, 'msg', error)}; a config file holds lines of name = value")
+        line, what = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{path}:{line}: {what}; a config file holds lines of name = value") from None
     settings = {}
     for line in lines:
-        where = f"{path}:{line.lineno}: "
-        if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
-            continue                                # a docstring
-        if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
-            fail(f"{where}{ast.unparse(line).splitlines()[0]}: a config file is never run; write lines of name = value")
-        name = line.targets[0].id
-        if name not in kinds:
-            unknown(name, kinds, where + name)
-        try:
-            value = evaluate(line.value)
-        except (ValueError, TypeError, ArithmeticError) as error:
-            fail(f"{where}{name} = {ast.unparse(line.value)}: {error}; write {KINDS[kinds[name]]}")
-        if isinstance(value, str) != (kinds[name] is str):
-            fail(f"{where}{name} = {value!r} must be {KINDS[kinds[name]]}")
-        settings[name] = convert(name, str(value), kinds[name], where)
+        if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):           # not a docstring
+            name, value = read_line(line, f"{path}:{line.lineno}: ", kinds)
+            settings[name] = value
     return settings
+
+
+def read_line(line, where, kinds):
+    """(name, value) of one line of a config file; `where` opens the message of the UserError."""
+    if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
+        text = ast.unparse(line).splitlines()[0]
+        raise UserError(f"{where}{text}: a config file is never run; write lines of name = value")
+    name = line.targets[0].id
+    if name not in kinds:
+        raise unknown(name, kinds, where + name)
+    try:
+        value = evaluate(line.value)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{where}{name} = {ast.unparse(line.value)}: {error}; write {KINDS[kinds[name]]}") from None
+    if isinstance(value, str) != (kinds[name] is str):
+        raise UserError(f"{where}{name} = {value!r} must be {KINDS[kinds[name]]}")
+    return name, convert(name, str(value), kinds[name], where)
 
 
 def evaluate(node):
@@ -189,13 +196,15 @@ def convert(name, text, kind, where):
     except ValueError:
         number = math.nan
     if kind is bool or not math.isfinite(number) or kind is int and not number.is_integer():
-        fail(f"{where}{name}={text} must be {KINDS[kind]}")
+        raise UserError(f"{where}{name}={text} must be {KINDS[kind]}")
     return kind(number)
 
 
 def unknown(name, kinds, what):
+    """The UserError for a name that is not a setting, with the nearest one."""
     close = difflib.get_close_matches(name, kinds, 1, cutoff=0.4)
-    fail(f"{what} is not a setting; " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
+    hint = f"did you mean {close[0]}?" if close else "--help lists them all"
+    return UserError(f"{what} is not a setting; {hint}")
 
 
 def help_text(Config):
@@ -205,7 +214,7 @@ def help_text(Config):
         line = r"""^\s+(\w+)\s*:\s*\w+\s*=(?:"[^"\n]*"|'[^'\n]*'|[^#"'\n])*#\s*(.*)$"""
         comments.update(re.findall(line, inspect.getsource(base), re.MULTILINE))
     fields = dataclasses.fields(Config)
-    rows = [f"  --{f.name}={shlex.quote(f.default) if isinstance(f.default, str) else f.default}" for f in fields]
+    rows = [f"  --{field.name}={shlex.quote(str(field.default)) if field.default != '' else ''}" for field in fields]
     width = max(map(len, rows)) + 3
     table = [f"{row:{width}}{comments.get(f.name, '')}".rstrip() for row, f in zip(rows, fields, strict=True)]
     about = inspect.cleandoc(sys.modules[Config.__module__].__doc__ or "").split("\n\n")[0]

@@ -1,0 +1,289 @@
+"""
+Networks on disk: checkpoints of a run, exports to be shared, adapters, and GPT-2's token vectors.
+
+A checkpoint is one file of plain types and tensors, written whole or not at all and checked before use. An export is a folder of
+model.safetensors, config.json and tokenizer.json, which may also come from the Hugging Face hub as hf:user/name.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from configurator import Fault, UserError
+from machine import world_size
+from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
+
+FORMAT = 5                                                              # of checkpoints and exports
+EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of an export
+
+
+def reason(error):
+    """The first line of an exception's message, or its name."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ---- files ----
+
+def write(path, content):
+    """Write a dict of plain types and tensors, whole or not at all; Fault names the file and the bytes needed."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(format=FORMAT, **content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # a full disk is a RuntimeError of torch.save
+        temporary.unlink(missing_ok=True)
+        needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
+        raise Fault(f"could not write {path} ({reason(error)}); it needs {needed:,} bytes; free some space and resume") from None
+
+
+def read(path):
+    """The content of a checkpoint file, its tensors mapped from the disk. Only plain types are unpickled, and every byte is checked
+    first: torch.load alone does not notice a flipped bit. Fault if the file is not a sound checkpoint."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"damaged at {damaged}")
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:                          # zipfile, zlib and the unpickler raise a dozen kinds
+        raise Fault(f"{path} is not a sound checkpoint ({reason(error)})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise Fault(f"{path} is a checkpoint of format {found}, and this code reads format {FORMAT}; train again")
+    return content
+
+
+def find(place):
+    """(path, content) of the file `place`, of an export in a folder or on the hub (hf:user/name), or of the newest sound checkpoint
+    in the folder, or else in the folder below it that was written last; None if there is none.
+
+    A damaged file is passed over with a warning; Fault if all are.
+    """
+    place = Path(download(place[3:], *EXPORT) if str(place).startswith("hf:") else place)
+    if (place / "model.safetensors").exists():
+        return place, read_export(place)
+    if place.is_file():
+        return place, read(place)
+    below = sorted(place.rglob("ckpt_*.pt"), key=os.path.getmtime)
+    here = below[-1].parent if below and place not in {path.parent for path in below} else place
+    paths = sorted(here.glob("ckpt_*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return path, read(path)
+        except Fault as error:
+            print(f"warning: {error}", file=sys.stderr)
+    if paths:
+        raise Fault(f"no sound checkpoint in {place}; train again, or name another")
+    return None
+
+
+def save(cfg, done, state, **content):
+    """Write out_dir/ckpt_STEP.pt of a run after `done` steps, and drop all but the newest."""
+    path = Path(cfg.out_dir) / f"ckpt_{done:08d}.pt"
+    write(path, dict(config=dataclasses.asdict(cfg), step=done, world_size=world_size(), **state, **content))
+    for old in sorted(path.parent.glob("ckpt_*.pt"))[:-cfg.keep_last]:
+        if not cfg.keep_interval or int(old.stem[5:]) % cfg.keep_interval:
+            old.unlink()
+
+
+def check_resumable(cfg, data, content):
+    """Raise UserError for another network or other data than the checkpoint's; print what else differs."""
+    fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}
+    old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
+    changed = [name for name in old if name != "resume" and old[name] != getattr(cfg, name)]
+    wrong = [f"{name}={getattr(cfg, name)} is {old[name]}" for name in changed if name in fixed]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another --out_dir")
+    if data["fingerprint"] != content["data"]["fingerprint"]:
+        raise UserError(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was trained on "
+                        f"{content['data']['label']} ({content['data']['fingerprint']}); resume with that --dataset")
+    for name in changed:
+        print(f"resuming with {name}={getattr(cfg, name)}, was {old[name]}")
+    if content["world_size"] != world_size():
+        print(f"resuming on {world_size()} processes, was {content['world_size']}: the same batches and noise")
+
+
+def check_base(cfg, content, adapts):
+    """Raise UserError if the adapters of a checkpoint's content are for another network than those that are trained now."""
+    if content and content.get("base") != adapts.get("base"):
+        raise UserError(f"the adapter in {cfg.out_dir} was trained on the network {content.get('base')}, and "
+                        f"init_from={cfg.init_from} is {adapts.get('base')}")
+
+
+# ---- the state of a run ----
+
+def gather_state(model, ema, optimizer):
+    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others. With adapters
+    only theirs."""
+    state = {}
+    for name, net in (("model", model), ("ema", ema)):
+        weights = gather_weights(net)
+        state[name] = {key: x for key, x in weights.items() if ".lora_" in key} or weights
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(state, optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def gather_weights(net):
+    """The weights of a network, which may be sharded, as plain tensors on the CPU of the first process."""
+    return dcp.get_model_state_dict(net, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def restore_state(state, model, ema, optimizer=None):
+    """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer: of the weights."""
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    for net, name in ((model, "model"), (ema, "ema")):
+        dcp.set_model_state_dict(net, dict(state.get(name, {})), options=options)      # a copy: it is changed
+    if optimizer:                                       # its tensors, kept as they come, must not stay mapped from a file
+        moments = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state.get("optimizer", {}))
+        dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+
+
+# ---- networks ----
+
+def model_config(content):
+    """The settings of the network in a checkpoint's content."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**{name: value for name, value in content["config"].items() if name in names})
+
+
+def fingerprint(state):
+    """A hash of the weights of a network, which an adapter for it carries."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, x in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(x.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def find_network(place):
+    """As `find`, with adapters merged into the network that they were trained on; UserError if there is none."""
+    found = find(place)
+    if found is None:
+        raise UserError(f"no checkpoint at {place}; train one with `python train.py config/tiny.py`, or name it with --checkpoint")
+    path, content = found
+    if "base" not in content:
+        return found
+    base = find(content["config"]["init_from"])
+    if base is None:
+        raise UserError(f"{path} holds adapters, and the network they change is gone: init_from={content['config']['init_from']}")
+    return path, merge(base[1], content, path)
+
+
+def merge(base, adapter, path):
+    """The content of a checkpoint whose network is that of `base` with an adapter's change; UserError if that is of another."""
+    found = fingerprint(base["ema"])
+    if adapter["base"] != found:
+        raise UserError(f"{path}: the adapter was trained on the network {adapter['base']}, and "
+                        f"init_from={adapter['config']['init_from']} is now {found}; put that one back")
+    model = SunFish(model_config(adapter), adapter["data"]["vocab_size"])
+    model.load_state_dict(base["ema"])
+    add_lora(model, adapter["config"]["lora_rank"], adapter["config"]["lora_alpha"])
+    model.load_state_dict(adapter["ema"], strict=False)
+    merge_lora(model)
+    return {**adapter, "ema": model.state_dict()}
+
+
+def load_model(content, device="cpu", dtype=torch.float32, int8=False):
+    """The averaged network of a checkpoint's content, ready to write: the weights of its products in dtype, or in int8."""
+    model = SunFish(model_config(content), content["data"]["vocab_size"])
+    model.load_state_dict(content["ema"])
+    return to_inference(model, device, dtype, int8)
+
+
+def to_inference(model, device="cpu", dtype=torch.float32, int8=False):
+    """The network itself, ready to write."""
+    model.requires_grad_(False)
+    if int8:
+        quantize(model, dtype)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.to(dtype)
+    model.dtype = dtype
+    return model.to(device).eval()
+
+
+# ---- sharing ----
+
+def export(folder, content, **more):
+    """Write the averaged network of a checkpoint's content to a folder, with `more` plain values in config.json; UserError without
+    the safetensors package, Fault if it cannot be written."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("--export needs the safetensors package; pip install safetensors") from None
+    data = {key: value for key, value in content["data"].items() if key != "tokenizer"}
+    config = dict(model_type="sunfish", format=FORMAT, step=content["step"], fingerprint=fingerprint(content["ema"]),
+                  config=dataclasses.asdict(model_config(content)), data=data, **more)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in content["ema"].items()}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o644)                     # it would be for its owner only
+        for name, values in (("tokenizer", content["data"]["tokenizer"]), ("config", config)):
+            (folder / f"{name}.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:                         # a full disk is a SafetensorError
+        raise Fault(f"cannot write export={folder} ({reason(error)}); choose another folder") from None
+
+
+def read_export(folder):
+    """What `export` wrote, as the content of a checkpoint; Fault if it is not sound. The fingerprint protects against damage, not
+    against malice."""
+    try:
+        from safetensors.torch import load_file
+        config, tokenizer = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "tokenizer"))
+        content = {**config, "data": {**config["data"], "tokenizer": tokenizer}, "ema": load_file(folder / "model.safetensors")}
+    except ImportError:
+        raise UserError(f"{folder} is read with safetensors; pip install safetensors") from None
+    except Exception as error:                          # of json, of files, of safetensors
+        raise Fault(f"{folder} is not a sound export ({reason(error)})") from None
+    if content.get("format") != FORMAT or content.get("fingerprint") != fingerprint(content["ema"]):
+        raise Fault(f"{folder} is not a sound export of format {FORMAT}: its weights are not those that config.json names")
+    return content
+
+
+def download(name, *files):
+    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub what was fetched before.
+    Fault if they cannot be had."""
+    from huggingface_hub import HfApi, snapshot_download
+    why = None
+    try:
+        HfApi().model_info(name, timeout=5)             # the download itself would try for half a minute
+    except Exception as error:                          # whatever the hub and the libraries below it raise
+        why = reason(error)
+    try:
+        return snapshot_download(name, allow_patterns=list(files), local_files_only=bool(why))
+    except Exception as error:
+        raise Fault(f"cannot fetch {name} ({why or reason(error)}); check the name, the network and HF_TOKEN") from None
+
+
+def gpt2_vectors(path, vocab_size):
+    """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance: of a safetensors file with wte.weight, or, for no path, of the
+    public checkpoint, fetched once. UserError if they cannot be had or are for another vocabulary."""
+    try:
+        from safetensors import safe_open
+        path = path or Path(download("openai-community/gpt2", "model.safetensors"), "model.safetensors")
+        with safe_open(path, "pt") as file:
+            name = next(name for name in file.keys() if name.endswith("wte.weight"))
+            table = file.get_tensor(name).float()
+    except ImportError:
+        raise UserError("prompt_table=gpt2 is read with safetensors; pip install safetensors") from None
+    except Exception as error:                          # of the hub, of files, of safetensors; StopIteration: no such tensor
+        why = "no tensor wte.weight" if isinstance(error, StopIteration) else reason(error)
+        raise UserError(f"GPT-2's vectors{f' ({path})' if path else ''}: {why}; name a copy of openai-community/gpt2's "
+                        "model.safetensors with --prompt_file") from None
+    if table.shape != (vocab_size, GPT2_DIM):
+        raise UserError(f"GPT-2's vectors are {tuple(table.shape)}, and this text needs {(vocab_size, GPT2_DIM)}; prepare the text "
+                        "with --tokenizer=gpt2, or use --prompt_table=learned")
+    return (table / table.std()).half()

@@ -1,0 +1,420 @@
+"""
+Shards of tokens, the meta files that describe them, and tokenizers.
+
+A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16, little-endian: the format of
+llm.c and modded-nanogpt. A shard of examples has version 2: 256 int32 (20240520, 2, number of tokens, number of
+examples, zeros), two int32 an example, the lengths of its instruction and its response, then the tokens.
+"""
+import base64
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import diffusion
+from configurator import Fault, UserError
+from diffusion import LATER
+
+MAGIC, HEADER_BYTES = 20240520, 1024
+TEXT, EXAMPLES = 1, 2                       # versions of the shard format
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
+OFFLINE = "go offline: python prepare_fineweb.py --source=pydoc"
+COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
+META = {"label": str, "tokenizer": dict, "vocab_size": int, "shards": list, "settings": dict, "finished": bool,
+        **dict.fromkeys(COUNTS, int)}
+
+
+def write_file(path, *pieces):
+    """Replace `path` by these bytes in one step: a crash leaves the old file or the new one. Fault on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise Fault(f"cannot write {path} ({sum(map(len, pieces)):,} bytes): {error.strerror}; "
+                    "mend that and run the same command again to go on") from None
+
+
+def write_shard(path, tokens, lengths=()):
+    """Write `tokens` (n,) as one shard, of examples if they have `lengths` (m, 2); returns its entry for meta.json."""
+    version = EXAMPLES if len(lengths) else TEXT
+    header = np.array([MAGIC, version, len(tokens), len(lengths)], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
+    table = np.asarray(lengths, "<i4").tobytes()
+    body = np.asarray(tokens, "<u2").data.cast("B")     # a view: a shard of the usual size is 200 MB
+    write_file(path, header, table, body)
+    digest = hashlib.blake2b(table, digest_size=16)
+    digest.update(body)
+    return {"name": path.name, "tokens": len(tokens), "bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def read_shard(path):
+    """The tokens of a shard, a read-only memory map (n,) uint16; UserError if the file is not exactly such a shard."""
+    return read_examples(path)[0]
+
+
+def read_examples(path):
+    """Tokens (n,) of a shard; lengths (m, 2) int64 of instruction and response of its examples, m = 0 for text."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        magic, version, n, m = np.frombuffer(file.read(16).ljust(16, b"\0"), "<i4").tolist()
+        start = HEADER_BYTES + 8 * m * (version == EXAMPLES)
+        if magic != MAGIC or version not in (TEXT, EXAMPLES) or n < 1 or m < 0 or size != start + 2 * n:
+            raise UserError(f"{path}: expected magic {MAGIC}, version 1 or 2, n tokens and {HEADER_BYTES} + 2 n bytes, "
+                            f"8 more an example, found {magic}, {version}, {n:,} and {size:,}; prepare it again")
+        file.seek(HEADER_BYTES)
+        lengths = np.frombuffer(file.read(start - HEADER_BYTES), "<i4").reshape(-1, 2).astype(np.int64)
+    if version == EXAMPLES and (m < 1 or lengths.min() < 1 or lengths.sum() != n):
+        raise UserError(f"{path}: its examples should have {n:,} tokens, but have {lengths.sum():,}; prepare it again")
+    return np.memmap(path, "<u2", "r", start, (n,)), lengths
+
+
+def find_shards(folder, split):
+    """The sorted paths of all shards of "train" or "val" in `folder`; UserError if there are none."""
+    paths = sorted(Path(folder).glob(f"*{split}*.bin"))
+    if not paths and split == "val" and any(Path(folder).glob("*train*.bin")):
+        raise UserError(f"no val shards in {folder}; prepare more text, without --val_fraction=0, in another folder")
+    if not paths:
+        raise UserError(f"no {split} shards in {folder}; make them with: python prepare_fineweb.py --out={folder}")
+    return paths
+
+
+def read_parts(folder):
+    """{path: contents} of meta.json, or of the meta files of all parts, in `folder`; UserError if one is damaged."""
+    parts = {}
+    for path in sorted(Path(folder).glob("meta*.json")):
+        try:
+            part = json.loads(path.read_text(encoding="utf-8"))
+            valid = all(type(part[key]) is kind for key, kind in META.items())
+            valid = valid and all(type(shard["name"]) is str for shard in part["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            valid = False
+        if not valid:
+            raise UserError(f"{path} is damaged; delete {folder} and prepare it again")
+        parts[path] = part
+    return parts
+
+
+def read_meta(folder):
+    """What the shards in `folder` are, all parts together: label, licence, kind ("text" or "instructions"), tokenizer,
+    vocab_size, fingerprint and more. UserError if shards are missing, or not finished."""
+    parts = read_parts(folder)
+    for path, part in parts.items():
+        missing = [shard["name"] for shard in part["shards"] if not path.with_name(shard["name"]).exists()]
+        if missing or not part["finished"]:
+            fault = f"{missing[0]} is missing" if missing else "it is not finished"
+            raise UserError(f"{path}: {fault}; run its prepare command again")
+    meta, *others = list(parts.values()) or [describe_public_shards(folder)]
+    for other in others:
+        meta["shards"] += other["shards"]
+        for key in COUNTS:
+            meta[key] += other[key]
+    meta["fingerprint"] = fingerprint_shards(meta["tokenizer"], meta["shards"])
+    return {"kind": "text", "licence": "unknown", **meta}
+
+
+def describe_public_shards(folder):
+    """The meta of shards that others prepared with GPT-2's tokenizer; a few of their tokens tell them apart."""
+    shards = [(path, read_shard(path)) for path in find_shards(folder, "train")]
+    shards = [(path.name, len(tokens), int(tokens[0]), int(tokens[-1])) for path, tokens in shards]
+    return {"source": str(folder), "label": f"shards in {folder}", "tokenizer": {"name": "gpt2"}, "vocab_size": 50257,
+            "train_tokens": sum(shard[1] for shard in shards), "shards": shards}
+
+
+def fingerprint_shards(tokenizer, shards):
+    """A hash of a tokenizer and of the entries of the shards, 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps([tokenizer, shards], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def find_dataset(names, root="data"):
+    """The folder of the first of `names` ("fineweb,pydoc": in `root`, or paths) that has finished shards.
+
+    If there is none: None if pydoc is among the names, for the caller to prepare it, else UserError."""
+    items = [name.strip() for name in names.split(",")]
+    for item in items:
+        for folder in (Path(root, item), Path(item)):
+            if any(folder.glob("*train*.bin")) and all(part["finished"] for part in read_parts(folder).values()):
+                return folder
+    if "pydoc" in items:
+        return None
+    source = items[0] if items[0] in ("fineweb", "fineweb-edu") else f"FILE --out={Path(root, items[0])}"
+    command = f"python prepare_fineweb.py --source={source}"
+    raise UserError(f"no data for {names} in {root}/; make it with: {command}, or {OFFLINE}")
+
+
+def get_tokenizer(spec):
+    """The tiktoken.Encoding of {"name": "gpt2"} or of what `train_tokenizer` returns; UserError if there is none."""
+    import tiktoken
+    try:
+        if spec["name"] == "gpt2":
+            return tiktoken.get_encoding("gpt2")
+        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(spec["tokens"])}
+        valid = spec["name"] == "corpus" and spec["pattern"] == PATTERN and len(ranks) == len(spec["tokens"]) < 2**16
+    except OSError as error:                            # requests raises no other
+        raise UserError(f"cannot download GPT-2's vocab.bpe and encoder.json ({type(error).__name__}); set "
+                        "TIKTOKEN_CACHE_DIR to a folder that has them, or prepare with --tokenizer=corpus") from None
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid or list(ranks)[:256] != [bytes([i]) for i in range(256)]:      # tiktoken panics on any other
+        raise UserError("the tokenizer is damaged or not one of ours; prepare its text with --tokenizer=corpus again")
+    special = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+def encode(tokenizer, text):
+    """End of text, then the tokens of `text`: (n,) uint16. Special tokens that `text` spells out are ordinary text."""
+    # cut before a word, which leaves the tokens alone: tiktoken overflows its stack on a million newlines at once
+    pieces = re.findall(r"(?s).{1,50000}(?= \S|\Z)|.{1,50000}", text)
+    tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    return np.concatenate([[tokenizer.eot_token], *tokens], dtype=np.uint16, casting="unsafe")
+
+
+def format_instruction(instruction, context=""):
+    """An instruction, and the text that it is about, as they stand before the response."""
+    return "\n".join(part.strip() for part in (instruction, context) if part.strip()) + "\n\nAnswer:"
+
+
+def cut_at_eot(ids, eot):
+    """The list of token ids up to the first `eot`."""
+    return ids[:ids.index(eot)] if eot in ids else ids
+
+
+def lock(path):
+    """The file `path`, open to read and to append, locked until it is closed; UserError if it cannot be had."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+        if os.name == "posix":                          # elsewhere nothing guards the folder
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:    # its owner removed it after we had opened it
+                raise BlockingIOError
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {path.parent}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent} ({error.strerror}); choose another folder") from None
+    return file
+
+
+# ---- windows and examples ----
+
+class Texts(NamedTuple):
+    """Sequences with the prompts before them."""
+    idx: torch.Tensor              # (B, T) int64 token ids
+    prompt: torch.Tensor           # (B, P) int64 token ids before the text, at the right end
+    prompt_mask: torch.Tensor      # (B, P) True where there is a prompt
+    loss_mask: torch.Tensor        # (B, T) True where a token has a loss: not of an instruction, nor of padding
+
+
+class Dataset:
+    """Windows of block_size tokens over the shards of one split, each with the tokens before it; or, of shards of instructions,
+    examples: the instruction, up to half of a window of it, then the response.
+
+    An instruction that is longer begins before the window; one that fits neither there is left out. A response that is too long is
+    cut. UserError if there is no window or example.
+    """
+
+    def __init__(self, folder, split, cfg, vocab_size):
+        self.paths, self.vocab_size = find_shards(folder, split), vocab_size
+        self.T, self.P = cfg.block_size, cfg.prompt_size
+        self.shards, lengths = zip(*map(read_examples, self.paths), strict=True)
+        self.is_examples = any(len(rows) for rows in lengths)
+        rows = [self.place(part) for part in lengths]
+        self.rows = np.concatenate(rows)                    # of examples
+        self.ends = np.cumsum([len(part) for part in rows] if self.is_examples else [len(shard) // self.T for shard in self.shards])
+        if self.ends[-1] == 0 and self.is_examples:
+            raise UserError(f"{folder}: no {split} example has an instruction of up to {self.T // 2 + self.P} tokens; raise "
+                            "block_size or prompt_size")
+        if self.ends[-1] == 0:
+            raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens; prepare more text or lower "
+                            "block_size")
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def place(self, lengths):
+        """Of examples with instructions and responses of these lengths (n, 2): where each begins, where its window begins, the
+        tokens of the instruction in the window, and all tokens there: (m, 4)."""
+        start = lengths.sum(1).cumsum() - lengths.sum(1)
+        given = np.minimum(lengths[:, 0], self.T // 2)
+        end = np.minimum(given + lengths[:, 1], self.T)
+        rows = np.column_stack((start, start + lengths[:, 0] - given, given, end))
+        return rows[lengths[:, 0] <= self.T // 2 + self.P]
+
+    def locate(self, i):
+        """Of windows or examples i (n,): the shard, and as `place` the beginning, the window, given tokens and all: five of (n,)."""
+        shard = np.searchsorted(self.ends, i, side="right")
+        if not self.is_examples:
+            at = i - np.concatenate(([0], self.ends))[shard]
+            return shard, np.zeros_like(at), at * self.T, np.zeros_like(at), np.full_like(at, self.T)
+        return shard, *self.rows[i].T
+
+    def read(self, i):
+        """Windows or examples i (n,): their Texts, and how many tokens at the beginning of each are given (n,). UserError for a
+        token id beyond the vocabulary."""
+        shard, start, window, given, end = self.locate(np.asarray(i))
+        pos = np.arange(-self.P, self.T)
+        places = window[:, None] + pos
+        exists = (places >= start[:, None]) & (pos < end[:, None])
+        ids = np.zeros(places.shape, np.int64)
+        for k in np.unique(shard):
+            rows = shard == k
+            found = self.shards[k][np.clip(places[rows], 0, len(self.shards[k]) - 1)]
+            ids[rows] = np.where(exists[rows], found, 0)
+        if ids.max() >= self.vocab_size:
+            self.refuse(ids, places, shard)
+        texts = Texts(ids[:, self.P:], ids[:, :self.P], exists[:, :self.P], exists[:, self.P:] & (pos[self.P:] >= given[:, None]))
+        return Texts(*map(torch.from_numpy, texts)), torch.from_numpy(given)
+
+    def refuse(self, ids, places, shard):
+        """Raise UserError for the first id that is out of the vocabulary."""
+        row, column = np.argwhere(ids >= self.vocab_size)[0]
+        raise UserError(f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]} is not below the vocabulary "
+                        f"of {self.vocab_size}; these shards were made with another tokenizer, prepare them again")
+
+    def spread(self, n):
+        """The Texts of n windows or examples spread evenly over the split, with repetition if it is smaller."""
+        return self.read(np.arange(n) * len(self) // n)[0]
+
+    def log_unigram(self, tokens=20_000_000):
+        """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
+        count, each = np.full(self.vocab_size, 0.5), tokens // len(self.shards)
+        for shard in self.shards:
+            for i in range(0, min(each, len(shard)), 2 ** 20):
+                ids = shard[i:min(i + 2 ** 20, each)]
+                count += np.bincount(ids, minlength=self.vocab_size)[:self.vocab_size]
+        return torch.from_numpy(np.log(count / count.sum())).float()
+
+
+# ---- batches: everything random is drawn for all sequences of an optimizer step at once, from (seed, step, purpose) ----
+
+class Batch(NamedTuple):
+    idx: torch.Tensor              # (B, T) int64 token ids
+    order: torch.Tensor | None     # (B, T) int64 number of the block in which each is written; -1 given; None: one block of all
+    t: torch.Tensor                # (B, T) int64 diffusion index of each, one for the tokens of a block
+    eps: torch.Tensor              # (B, T, C) noise
+    prompt: torch.Tensor           # (B, P) int64 token ids before the text, at the right end
+    prompt_mask: torch.Tensor      # (B, P) True where the network may see them
+    loss_mask: torch.Tensor        # (B, T) True where a token has a loss
+    guess: bool                    # whether the network first makes a guess of x_0 and reads it (self-conditioning)
+
+
+def scramble(x):
+    """A random-looking uint64 for each uint64 in x (...): the finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(i, n, key):
+    """The places of i (m,) in random orders of 0 .. n - 1, a key (m,) uint64 each, without storing the order: a Feistel network of
+    four rounds over the next power of four, walked until it falls into range (Black & Rogaway 2002)."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    i = np.array(i, np.uint64)
+    walking = np.ones(i.shape, bool)
+    while walking.any():
+        left, right, keys = i[walking] >> half, i[walking] & low, key[walking]
+        for turn in range(4):
+            mixed = scramble(right ^ scramble(keys + np.uint64(turn)))
+            left, right = right, left ^ (mixed & low)
+        i[walking] = left << half | right
+        walking = i >= n
+    return i.astype(np.int64)
+
+
+def window_numbers(cfg, n, step):
+    """The windows of the sequences of a step, out of n: each epoch visits all of them once, in an order of its own: (S,) int64."""
+    epoch, place = np.divmod(step * cfg.step_sequences + np.arange(cfg.step_sequences), n)
+    key = scramble(epoch.astype(np.uint64) + np.uint64(diffusion.hash64(cfg.seed, "epoch")))
+    return permute(place, n, key)
+
+
+def stratified_uniform(n, rng):
+    """Uniform numbers, one in each n-th part of 0 .. 1, in random order: (n, 1)."""
+    return ((torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n)[:, None]
+
+
+def choose_given(S, T, rng):
+    """Which of T tokens are given in each of S sequences: a prefix, all but up to eight spans, or single tokens, of any number, but
+    never all: (S, T)."""
+    kind, share = torch.rand(S, 1, generator=rng), torch.rand(S, 1, generator=rng)
+    place = torch.arange(T)
+    prefix = place < (share * T).long()
+    count = torch.randint(1, 9, (S, 1), generator=rng)
+    hole = torch.randint(T, (S, 8), generator=rng)[..., None]
+    length = (torch.rand(S, 8, generator=rng) * 2 * share * T / count).long()[..., None] + 1
+    used = (torch.arange(8) < count)[..., None]
+    but_spans = ~(used & (place >= hole) & (place < hole + length)).any(1)
+    single = torch.rand(S, T, generator=rng) < share
+    single.scatter_(1, torch.randint(T, (S, 1), generator=rng), False)
+    return torch.where(kind < 1 / 3, prefix, torch.where(kind < 2 / 3, but_spans, single))
+
+
+def choose_blocks(cfg, free, rng):
+    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T): a share p_single token by token, p_window
+    all at once, the others in blocks of 2, 4 ... max_block_length, of which p_strided are strided; in a share p_given of all,
+    tokens are given."""
+    S, T = free.shape
+    powers = 2 ** torch.arange(1, max(1, cfg.max_block_length.bit_length() - 1) + 1)
+    kind, size = stratified_uniform(S, rng), torch.randint(len(powers), (S, 1), generator=rng)
+    length = torch.where(kind < cfg.p_single, 1, torch.where(kind < cfg.p_single + cfg.p_window, 0, powers[size]))
+    strided = torch.rand(S, 1, generator=rng) < cfg.p_strided
+    has_given = stratified_uniform(S, rng) < cfg.p_given
+    free = free & ~(has_given & choose_given(S, T, rng))
+    return diffusion.block_order(free, length, strided & (length > 1)), length
+
+
+def noise_levels(cfg, order, length, rng):
+    """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps. A token that
+    is written alone gets the highest, at which it is decided in one step; for objective eps all levels count."""
+    u = stratified_uniform(len(order), rng).double()
+    t = 1 + (diffusion.golden_offset(u, order) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    return torch.where(length == 1, cfg.timesteps, t) if cfg.objective == "ce" else t
+
+
+def choose_prompts(cfg, prompt_mask, is_examples, rng):
+    """(which tokens of the prompts (S, P) may be seen, whether all are withheld (S, 1)): the last ones of a random number, all of an
+    instruction, none of a share conditioning_dropout."""
+    S, P = prompt_mask.shape
+    withheld = torch.rand(S, 1, generator=rng) < cfg.conditioning_dropout
+    seen = 1 + (torch.rand(S, 1, generator=rng) * P).long()
+    last = torch.arange(P) >= P - (P if is_examples else seen)
+    return prompt_mask & last & ~withheld, withheld
+
+
+def step_batches(cfg, data, step, micro_batches, device):
+    """The Batches of one optimizer step for some of its sequences: micro_batches is a list of ranges of their numbers.
+
+    Sequence i of a step is the same for any number of processes and any batch size. UserError for a damaged window.
+    """
+    def rng(purpose, device="cpu"):
+        return diffusion.generator(device, cfg.seed, step, purpose)
+    S, T, C = cfg.step_sequences, cfg.block_size, cfg.token_dim
+    numbers = window_numbers(cfg, len(data), step)
+    texts, given = data.read(numbers)
+    begun = torch.arange(T) < given[:, None]
+    order, length = choose_blocks(cfg, texts.loss_mask, rng("blocks"))
+    t = noise_levels(cfg, order, length, rng("levels"))
+    prompt_mask, withheld = choose_prompts(cfg, texts.prompt_mask, data.is_examples, rng("prompts"))
+    order = torch.where(~texts.loss_mask & ~begun | begun & withheld, LATER, order)
+    one_block = cfg.p_window == 1 and cfg.p_given == 0 and not data.is_examples
+    eps = torch.randn(S, T, C, generator=rng("noise", device), device=device)
+    guess = diffusion.hash64(cfg.seed, step, "guess") < cfg.self_conditioning * 2 ** 64
+    for rows in micro_batches:
+        rows = torch.tensor(rows)
+        idx, shown, hidden, lost = (x[rows].to(device, non_blocking=True) for x in (texts.idx, texts.prompt, prompt_mask, texts.loss_mask))
+        yield Batch(idx, None if one_block else order[rows].to(device), t[rows].to(device), eps[rows.to(device)], shown, hidden, lost, guess)
+
+
+def make_batch(cfg, data, step, rows, device):
+    """The Batch of these sequences (numbers within the step)."""
+    return next(step_batches(cfg, data, step, [list(rows)], device))
