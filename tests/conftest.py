@@ -1,4 +1,4 @@
-"""One thread, for speed and bitwise equality; the repository's root on the path; data and vocabulary made on the spot."""
+"""One thread, for speed and bitwise equality; the repository's root on the path; data made on the spot."""
 import os
 import subprocess
 import sys
@@ -20,25 +20,29 @@ import pytest       # noqa: E402
 import torch        # noqa: E402
 
 import configurator     # noqa: E402
-from model import SunFish       # noqa: E402
+from model import ModelConfig, SunFish      # noqa: E402
 
 torch.set_num_threads(1)
 
-SIZE = ["--n_layer=2", "--cross_every=2", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=16", "--prompt_size=8",
-        "--batch_size=4", "--batch_tokens=128", "--eval_sequences=8", "--eval_interval=0", "--device=cpu",
-        "--dtype=float32", "--log_interval=1", "--warmup_steps=2"]
+SIZE = ["--n_layer=2", "--cross_every=2", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=16",
+        "--prompt_size=8", "--batch_size=4", "--batch_tokens=128", "--eval_sequences=8", "--eval_interval=0",
+        "--device=cpu", "--dtype=float32", "--log_interval=1", "--warmup_steps=2"]
 
 
 @pytest.fixture
 def small():
     """A network of two layers over 50 ids, with an output that is not zero, and its settings."""
-    cfg = configurator.ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=12, prompt_size=6)
+    cfg = ModelConfig(n_layer=2, n_head=2, n_embd=32, token_dim=16, block_size=12, prompt_size=6)
     torch.manual_seed(0)
-    model = SunFish(cfg, 50, torch.randn(50).log_softmax(0))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if not p.any() or name == "read.weight":      # wake up what starts at zero
-                p.add_(0.3 * torch.randn_like(p))
+    return wake(SunFish(cfg, 50, torch.randn(50).log_softmax(0)))
+
+
+@torch.no_grad()
+def wake(model):
+    """The network itself, what starts at zero made random."""
+    for name, p in model.named_parameters():
+        if not p.any() or name == "in_proj.weight":     # half of which starts at zero
+            p.add_(0.3 * torch.randn_like(p))
     return model.eval()
 
 
@@ -68,12 +72,14 @@ PAIRS = {"the dog": "went home", "the boat": "saw wind and sea", "a red sea": "o
 
 @pytest.fixture(scope="session")
 def pairs(shards, tmp_path_factory):
-    """A folder of instructions, each many times with its response, in the tokens of those sentences."""
+    """A folder of instructions, each many times with its response, in the tokens of those sentences; the same ones
+    for validation, for three are too few to hold one out."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [json.dumps(dict(instruction=q, input="", output=a)) for _ in range(40) for q, a in PAIRS.items()]
     (folder / "pairs.jsonl").write_text("\n".join(rows))
-    run(["prepare_fineweb.py", f"--source={folder / 'pairs.jsonl'}", f"--tokenizer={shards}", "--val_fraction=0", f"--out={folder / 'shards'}"])
-    shutil.copy(folder / "shards" / "train_000000.bin", folder / "shards" / "val_000000.bin")      # three are too few to hold one out
+    run(["prepare_fineweb.py", f"--source={folder / 'pairs.jsonl'}", f"--tokenizer={shards}", "--val_fraction=0",
+         f"--out={folder / 'shards'}"])
+    shutil.copy(folder / "shards" / "train_000000.bin", folder / "shards" / "val_000000.bin")
     return folder / "shards"
 
 
@@ -87,19 +93,30 @@ def run(args, code=0, **options):
 
 def call(args, code=0, stdin=""):
     """As `run`, but inside this process, which saves the seconds of importing torch."""
-    script, out, err, returned = importlib.import_module(args[0][:-3]), io.StringIO(), io.StringIO(), 0
-    handlers, before, sys.stdin = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], sys.stdin, io.StringIO(stdin)
+    script, out, err = importlib.import_module(args[0].removesuffix(".py")), io.StringIO(), io.StringIO()
+    handlers, before = [(n, signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM)], sys.stdin
+    sys.stdin = io.StringIO(stdin)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            script.main(configurator.load(script.Config, [str(arg) for arg in args[1:]]))
-    except SystemExit as stop:
-        returned = stop.code
+            returned = finish(script, [str(arg) for arg in args[1:]])
     finally:
         sys.stdin = before
         for number, handler in handlers:
             signal.signal(number, handler)
     assert returned == code, (returned, out.getvalue(), err.getvalue())
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def finish(script, argv):
+    """The exit code of a script's main, as configurator.run gives it."""
+    try:
+        return script.main(configurator.load(script.Config, argv)) or 0
+    except configurator.UserError as error:
+        return configurator.say_error(error, 2)
+    except configurator.Fault as error:
+        return configurator.say_error(error, 1)
+    except SystemExit as stop:
+        return stop.code or 0
 
 
 def losses(folder):
