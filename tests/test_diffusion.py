@@ -1,20 +1,21 @@
-"""The mathematics against known answers: Gaussian data, whose exact denoiser is one line, and i.i.d. tokens."""
+"""The mathematics against known answers: Gaussian data, whose exact denoiser is one line, and independent tokens."""
 import math
 
 import pytest
 import torch
 
 import diffusion as d
+from model import ModelConfig, SunFish
 
 SCHEDULES = {"linear": d.linear_schedule, "cosine": d.cosine_schedule,
-             "gumbel": lambda timesteps: d.gumbel_schedule(timesteps, -1.9, 0.85, 4.0)}
+             "gumbel": lambda timesteps: d.gumbel_schedule(timesteps, -1.9, 0.85, 16)}
 MEAN, STD = 1.5, 0.6
 
 
 def gaussian_denoise(alpha_bar, mean=MEAN, std=STD):
     """E[x_0 | x_t] for x_0 ~ N(mean, std^2)."""
     def denoise(x_t, t):
-        a = d.like(alpha_bar[t], x_t)
+        a = d.per_token(alpha_bar[t], x_t)
         gain = a.sqrt() * std ** 2 / (a * std ** 2 + 1 - a)
         return mean + gain * (x_t - a.sqrt() * mean)
     return denoise
@@ -52,8 +53,9 @@ def test_linear_schedule_ends_equally_noisy_at_any_length():
 
 
 def test_gumbel_schedule_makes_its_own_cdf_linear_in_t():
-    alpha_bar, mu, beta, norm = d.gumbel_schedule(100, -1.0, 0.7, 4.0), -1.0, 0.7, 4.0
-    g = -(torch.log(alpha_bar[1:]) - torch.log1p(-alpha_bar[1:])) - 2 * math.log(norm)
+    mu, beta, dim = -1.0, 0.7, 16
+    alpha_bar = d.gumbel_schedule(100, mu, beta, dim)
+    g = -(torch.log(alpha_bar[1:]) - torch.log1p(-alpha_bar[1:])) - math.log(dim)
     assert d.CLEAN < g.min() and g.max() < d.NOISY
     steps = d.gumbel_cdf(g, mu, beta).diff()
     assert torch.allclose(steps, steps.mean().expand_as(steps), rtol=1e-6)
@@ -61,12 +63,12 @@ def test_gumbel_schedule_makes_its_own_cdf_linear_in_t():
 
 def test_the_fit_finds_the_curve_that_made_the_data():
     log_snr = torch.linspace(-8, 3, 400)
-    nll = 6.5 * d.gumbel_cdf(-log_snr - 2 * math.log(4.0), -1.2, 0.6)
+    nll = 6.5 * d.gumbel_cdf(-log_snr - math.log(16), -1.2, 0.6)
     scalars = torch.tensor([-1.9, math.log(0.85), math.log(5.0)], requires_grad=True)
     optimizer = torch.optim.Adam([scalars], lr=0.02)
     for _ in range(600):
         optimizer.zero_grad()
-        d.schedule_loss(nll, log_snr, scalars[0], scalars[1].exp(), scalars[2].exp(), 4.0).mean().backward()
+        d.schedule_loss(nll, log_snr, scalars, 16).mean().backward()
         optimizer.step()
     assert torch.allclose(scalars.detach(), torch.tensor([-1.2, math.log(0.6), math.log(6.5)]), atol=0.02)
 
@@ -78,8 +80,8 @@ def test_add_noise_has_the_marginal_it_claims_and_leaves_index_zero_alone():
     assert torch.equal(x_t[0], x_0[0])
     assert abs(x_t[1].mean() - 2 * alpha_bar[400].sqrt()) < 0.02
     assert abs(x_t[1].std() - (1 - alpha_bar[400]).sqrt()) < 0.02
-    per_token = d.add_noise(x_0[:, :3], torch.tensor([[0, 5, 9], [1, 0, 3]]), alpha_bar, torch.ones(2, 3, 1))
-    assert per_token[0, 0] == 2 and per_token[1, 1] == 2 and (per_token != 2).sum() == 4
+    each = d.add_noise(x_0[:, :3], torch.tensor([[0, 5, 9], [1, 0, 3]]), alpha_bar, torch.ones(2, 3, 1))
+    assert each[0, 0] == 2 and each[1, 1] == 2 and (each != 2).sum() == 4
 
 
 @pytest.mark.parametrize("name", ["linear", "gumbel"])
@@ -167,9 +169,11 @@ def test_steps_outside_the_schedule_are_refused():
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     alpha_bar = d.linear_schedule(20)
+
     def run(rows):
         rng = [d.generator("cpu", "test", i) for i in rows]
-        return d.sample_ddpm(gaussian_denoise(alpha_bar), d.randn(torch.zeros(len(rows), 5, 2), rng), alpha_bar, rng=rng)
+        x_T = d.randn(torch.zeros(len(rows), 5, 2), rng)
+        return d.sample_ddpm(gaussian_denoise(alpha_bar), x_T, alpha_bar, rng=rng)
     assert torch.equal(run([0, 1, 2])[1], run([1])[0])
 
 
@@ -178,38 +182,14 @@ def test_guidance_at_one_is_the_network_and_extrapolates_beyond():
     assert [d.guide(prompted, null, scale).item() for scale in (0, 1, 2.5)] == [1.0, 3.0, 6.0]
 
 
-def test_denoiser_carries_its_guess_and_marks_given_tokens():
-    alpha_bar, seen = d.linear_schedule(10), []
-
-    def network(x_t, log_snr, x_prev):
-        seen.append((log_snr, x_prev))
-        return torch.zeros(1, 2, 3)
-    table = torch.eye(3)
-    denoise = d.denoiser(network, d.read_logits(table), alpha_bar, torch.tensor([[True, False]]))
-    first = denoise(torch.zeros(1, 2, 3), torch.tensor([7]))
-    denoise(torch.zeros(1, 2, 3), torch.tensor([5]))
-    assert torch.allclose(first, torch.full((1, 2, 3), 1 / 3))
-    assert not seen[0][1].any() and torch.equal(seen[1][1], first)
-    assert seen[0][0][0, 0] == math.inf
-    assert seen[0][0][0, 1] == d.log_snr(torch.tensor(7), alpha_bar)
-
-
-def test_eps_reading_inverts_add_noise():
-    table, alpha_bar = torch.randn(9, 4), d.linear_schedule(100)
-    idx, eps, t = torch.tensor([[1, 8, 3]]), torch.randn(1, 3, 4), torch.tensor([[40, 0, 90]])
-    x_t = d.add_noise(table[idx], t, alpha_bar, eps)
-    x_0_hat, logits = d.read_eps(table)(eps, x_t, d.log_snr(t, alpha_bar))
-    assert torch.allclose(x_0_hat, table[idx], atol=1e-3)
-
-
 @pytest.mark.parametrize("name", ["gumbel", "linear"])
 def test_bound_of_the_exact_denoiser_is_the_entropy(name):
-    """For i.i.d. tokens the best denoiser is the context-free posterior, and the bound is tight up to discretisation."""
+    """For independent tokens the best denoiser is the context-free posterior, the bound tight but for finite steps."""
     torch.manual_seed(0)
     V, C = 30, 16
     table = torch.nn.functional.normalize(torch.randn(V, C), dim=-1) * math.sqrt(C)
     log_p = (1.5 * torch.randn(V)).log_softmax(0)
-    alpha_bar = d.gumbel_schedule(1000, -1.9, 0.85, math.sqrt(C)) if name == "gumbel" else d.linear_schedule(1000)
+    alpha_bar = d.gumbel_schedule(1000, -1.9, 0.85, C) if name == "gumbel" else d.linear_schedule(1000)
 
     def exact(x_t, log_snr):
         a = torch.sigmoid(log_snr.double())
@@ -217,88 +197,108 @@ def test_bound_of_the_exact_denoiser_is_the_entropy(name):
         return logits.softmax(-1) @ table, logits
     n = 40_000 if name == "linear" else 10_000
     idx = torch.multinomial(log_p.exp(), n * 8, replacement=True).view(n, 8)
-    bound = d.likelihood_bound(exact, table, idx, alpha_bar, d.stratified(n, 1000, torch.tensor([0, 0, 0, 1, 1, 2, 3, 4])))
+    t = d.stratified(n, 1000, torch.tensor([0, 0, 0, 1, 1, 2, 3, 4]))
+    bound = d.likelihood_bound(exact, table, idx, alpha_bar, t)
     entropy, seen = -(log_p.exp() * log_p).sum(), -log_p[idx].mean()
     error = bound.total().mean(1).std() / n ** 0.5
     assert abs(seen - entropy) < 0.02
     assert abs(bound.total().mean() - seen) < 4 * error and error < 0.05, (bound.total().mean(), seen, error)
     assert (bound.reconstruction.mean() < 0.05) and 0 < bound.prior.mean() < 0.05
-    if name == "gumbel":                                # from pure noise in one step, for tokens that know nothing of each other
-        once = d.likelihood_bound(exact, table, idx, d.coarser(alpha_bar, 1), None)
-        assert not once.diffusion.any() and abs(once.total().mean() - seen) < 4 * once.total().mean(1).std() / n ** 0.5 + once.prior.mean()
+    if name == "gumbel":                                # from pure noise in one step: tokens know nothing of each other
+        once = d.likelihood_bound(exact, table, idx, d.subsample(alpha_bar, 1), None)
+        error = once.total().mean(1).std() / n ** 0.5
+        assert not once.diffusion.any() and abs(once.total().mean() - seen) < 4 * error + once.prior.mean()
 
 
-def test_stratified_covers_the_range_once_for_every_turn():
+def test_stratified_covers_the_range_once_for_every_block():
     t = d.stratified(999, 1000, torch.tensor([0, 3, 3, 8]))
     assert (t.sort(0).values - torch.arange(2, 1001)[:, None]).abs().max() <= 1
     assert torch.equal(t[:, 1], t[:, 2]) and (t[:, 0] != t[:, 1]).float().mean() > 0.99
 
 
-def chain(log_first, log_next, read_back):
-    """A network_for of the exact posterior of a Markov chain, written from left to right one token at a time; of a turn
-    it must be told nothing but the tokens before it, which read_back() checks."""
-    def network_for(tokens, group, places):
-        start, = places.tolist()
-        assert (group[:start] < group[start]).all()
-        read_back(tokens, start)
-        prior = log_next[tokens[:, start - 1]] if start else log_first.expand(len(tokens), -1)
-
-        def network(x_t, log_snr, x_prev):
-            a = torch.sigmoid(log_snr)[..., None]
-            return (a.sqrt() / (1 - a) * x_t) @ TABLE.T + prior[:, None]
-        return network
-    return network_for
+def test_blocks_of_a_sequence_get_levels_spread_evenly():
+    """13 golden sections of the circle leave no gap of two thirteenths; a block's tokens share one."""
+    u = d.golden_offset(torch.tensor([[0.3], [0.7]]), torch.arange(13))
+    gaps = torch.cat((u, u + 1), -1).sort(-1).values.diff()
+    assert (0 <= u).all() and (u < 1).all() and gaps.max() < 2 / 13
+    assert torch.allclose(d.golden_offset(torch.tensor([0.3]), torch.tensor([2, 0, 2])), u[0, [2, 0, 2]])
 
 
-TABLE = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(3)), dim=-1) * 8 ** 0.5
+def test_a_coarser_schedule_is_what_a_sampler_of_few_steps_sees():
+    alpha_bar, seen = d.cosine_schedule(1000), []
+    d.sample_ddim(lambda x, t: seen.append(int(t[0])) or x, torch.zeros(1, 1, 1), alpha_bar, steps=7)
+    assert torch.equal(d.subsample(alpha_bar, 7), torch.cat((alpha_bar[:1], alpha_bar[seen[::-1]])))
 
 
-@pytest.mark.parametrize("steps", [1, 40])
-def test_turns_with_exact_posteriors_write_the_chain_they_come_from(steps):
-    """Pairs of neighbours come out as often as they should, at one step a token, where the softmax alone decides, and at many,
-    where the noise has decided before."""
-    torch.manual_seed(0)
-    log_first, log_next = torch.randn(6).log_softmax(-1), torch.randn(6, 6).mul(1.5).log_softmax(-1)
-    N, T, alpha_bar, seen = 20_000, 3, d.gumbel_schedule(1000, -1.9, 0.85, 8 ** 0.5), []
-    tokens = d.generate(chain(log_first, log_next, lambda tokens, start: seen.append(start)), d.read_logits(TABLE), TABLE, alpha_bar,
-                        torch.zeros(N, T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), d.spans(T, 1), steps=steps * T,
-                        eta=1.0, rng=d.generator("cpu", "test"))
-    want = log_first.exp()
-    for i in range(T):
-        got = torch.bincount(tokens[:, i], minlength=6) / N
-        assert (got - want).abs().max() < 0.015, (i, got, want)
-        want = want @ log_next.exp()
-    pairs = torch.zeros(6, 6).index_put_((tokens[:, 0], tokens[:, 1]), torch.ones(N), accumulate=True) / N
-    assert (pairs - log_first.exp()[:, None] * log_next.exp()).abs().max() < 0.015 and seen == [0, 1, 2]
+FREE = torch.tensor([False, True, True, True, False, True, True])
 
 
-def test_generate_keeps_what_is_known_and_writes_the_rest_in_turns():
-    known, group = torch.tensor([True, False, False, True, False]), torch.tensor([0, 1, 1, 1, 0])
-    idx, turns, calls = torch.arange(5).expand(2, 5), [], []
-
-    def network_for(tokens, group, places):
-        turns.append((places.tolist(), group.tolist(), tokens[0].tolist()))
-        return lambda x_t, log_snr, x_prev: torch.eye(6)[5].expand(*x_t.shape[:2], 6) * 100
-    out = d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=5,
-                     watch=lambda t, tokens, *_: calls.append((t, tokens[0].tolist())))
-    assert out.tolist() == [[0, 5, 5, 3, 5]] * 2 and idx[0, 1] == 1
-    assert turns == [([4], [-1, 1, 1, -1, 0], [0, 1, 2, 3, 4]), ([1, 2], [-1, 1, 1, -1, 0], [0, 1, 2, 3, 5])]
-    assert len(calls) == 5 and calls[1][1] == [0, 1, 2, 3, 5]
-    with pytest.raises(ValueError, match="steps=1 is less than one for each of 2 turns"):
-        d.generate(network_for, d.read_logits(TABLE), TABLE, d.linear_schedule(50), idx, known, group, steps=1)
+@pytest.mark.parametrize("block_length, strided, order", [
+    (0, False, [-1, 0, 0, 0, -1, 0, 0]), (0, True, [-1, 0, 0, 0, -1, 0, 0]), (1, False, [-1, 1, 2, 3, -1, 5, 6]),
+    (3, False, [-1, 0, 0, 1, -1, 1, 2]), (100, False, [-1, 0, 0, 0, -1, 0, 0]), (1, True, [-1, 0, 1, 2, -1, 3, 4]),
+    (2, True, [-1, 0, 1, 2, -1, 0, 1]), (3, True, [-1, 0, 1, 0, -1, 1, 0]), (5, True, [-1, 0, 0, 0, -1, 0, 0])])
+def test_block_order(block_length, strided, order):
+    assert d.block_order(FREE, block_length, strided).tolist() == order
+    lengths, spread = torch.tensor([[block_length], [2]]), torch.tensor([[strided], [False]])
+    many = d.block_order(torch.stack((FREE, ~FREE)), lengths, spread)
+    assert many.tolist() == [order, [0, -1, -1, -1, 2, -1, -1]]
 
 
-def test_streams_cut_what_is_free_into_equal_parts():
-    free = torch.tensor([False, True, True, True, False, True, True])
-    assert d.streams(free, 1).tolist() == [-1, 0, 1, 2, -1, 3, 4]
-    assert d.streams(free, 2).tolist() == d.streams(free, 9).tolist() == [-1, 0, 1, 2, -1, 3, 0]      # none shorter than FAR
-    for n in (1, 3, 4, 8):
-        turns = d.streams(torch.ones(50, dtype=torch.bool), n)
-        assert turns.max() + 1 == -(-50 // n) and turns.bincount().max() <= n and (turns.diff() < 0).sum() == n - 1
+@pytest.mark.parametrize("block_length", [1, 3, 4, 8])
+def test_strided_blocks_are_spread_over_the_whole_text(block_length):
+    order = d.block_order(torch.ones(50, dtype=torch.bool), block_length, True)
+    assert order.bincount().max() <= block_length and order.max() + 1 == -(-50 // block_length)
+    assert all((order == k).nonzero().diff(dim=0).unique().numel() <= 1 for k in order)
 
 
-def test_choose_draws_from_the_softmax_or_takes_the_best():
+def test_nothing_free_is_no_block():
+    assert (d.block_order(torch.zeros(3, dtype=torch.bool), 2, True) == -1).all()
+
+
+def test_tokens_are_drawn_from_the_softmax_or_the_best_ones_taken():
     logits = torch.tensor([0.0, 1.0, 2.0]).expand(1, 50_000, 3)
-    share = torch.bincount(d.choose(logits, 1.0, d.generator("cpu", 1))[0], minlength=3) / 50_000
-    assert (share - torch.tensor([0.0, 1.0, 2.0]).softmax(0)).abs().max() < 0.01
-    assert (d.choose(logits) == 2).all()
+    for eta in (0.5, 1.0):
+        share = torch.bincount(d.draw_tokens(logits, eta, d.generator("cpu", 1))[0], minlength=3) / 50_000
+        assert (share - (torch.tensor([0.0, 1.0, 2.0]) / eta).softmax(0)).abs().max() < 0.01
+    assert (d.draw_tokens(logits) == 2).all()
+
+
+LOG_PRIOR = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]).log()
+
+
+@pytest.fixture(scope="module")
+def context_free():
+    """The network for one token of six, of vectors at nearly right angles: its context always says log prior."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(n_layer=1, n_head=1, n_embd=4, token_dim=16, block_size=1)
+    model = SunFish(cfg, 6, torch.randn(6).log_softmax(0))
+    with torch.no_grad():
+        model.wte[:6] = torch.eye(16)[:6] + 0.1 * torch.randn(6, 16)
+        model.head.bias[:6] = LOG_PRIOR - model.log_unigram[:6]         # the other weights of the head are zero
+    return model.requires_grad_(False)
+
+
+def frequencies(model, predict, n=20_000):
+    """How often each token comes out of 200 steps of DDIM at eta=1 and a draw at the last one."""
+    rng, E, alpha_bar, seen = d.generator("cpu", "temperature"), model.embedding(), model.alpha_bar(), []
+
+    def denoise(x_t, t):
+        x_0_hat, logits = predict(torch.zeros(n, 1, 4), x_t, d.log_snr(t, alpha_bar)[:, None], E)
+        seen[:] = [logits]
+        return x_0_hat
+    d.sample_ddim(denoise, torch.randn(n, 1, 16, generator=rng), alpha_bar, 200, 1.0, rng)
+    return torch.bincount(d.draw_tokens(seen[0], 1.0, rng)[:, 0], minlength=6) / n
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.8])
+def test_temperature_sharpens_the_prior_and_nothing_else(context_free, temperature):
+    """Samples follow softmax(log prior / temperature) exactly: what the noisy vector says is not tempered. Dividing all
+    scores by the temperature, the usual rule, gives another distribution."""
+    def all_divided(*inputs):
+        logits = context_free.logits(*inputs) / temperature
+        return logits.softmax(-1) @ inputs[-1], logits
+    want = (LOG_PRIOR / temperature).softmax(0)
+    right = frequencies(context_free, lambda *inputs: context_free.predict(*inputs, temperature))
+    wrong = frequencies(context_free, all_divided)
+    assert (right - want).abs().max() < 0.012, (right, want)
+    assert (wrong - want).abs().max() > 0.02, (wrong, want)
