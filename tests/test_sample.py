@@ -3,269 +3,307 @@ import contextlib
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import call, run
 
+import checkpoint as ckpt
+import diffusion
+import generate as writing
 import sample as script
-from configurator import ModelConfig
-from model import find_checkpoint, load_model
+from data import Texts
+from generate import LATER, Canvas, Decoder, Sampling, bound, generate, generators, plan
+from model import ModelConfig
 
 
-@pytest.fixture(scope="module")
-def checkpoint(shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    call(["train.py", "--n_layer=1", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=24", "--prompt_size=8",
-         "--batch_size=8", "--batch_tokens=192", "--eval_interval=0", "--eval_sequences=8", "--device=cpu",
-         "--dtype=float32", "--max_steps=30", f"--dataset={shards}", f"--out_dir={folder}"])
-    return folder
+def write(base, *args, code=0, run=call, **options):
+    args = [f"--checkpoint={base}", "--device=cpu", "--dtype=float32", "--steps=3", *args]
+    return run(["sample.py", *args], code, **options)
 
 
-def write(checkpoint, *args, code=0, run=call, **options):
-    return run(["sample.py", f"--checkpoint={checkpoint}", "--steps=6", "--span_size=8", *args], code, **options)
+def texts(base, *args):
+    return [json.loads(line)["text"] for line in write(base, "--json", *args).stdout.splitlines()]
 
 
-def texts(checkpoint, *args):
-    return [json.loads(line)["text"] for line in write(checkpoint, "--json=True", *args).stdout.splitlines()]
+def makers(*numbers):
+    """For each sample a function that returns its noise, as `infill` asks for it."""
+    return [partial(diffusion.generator, "cpu", 1, number) for number in numbers]
 
 
-def test_same_seed_same_text_whatever_the_batch(checkpoint):
-    together = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--dtype=float32")
-    apart = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--dtype=float32", "--batch_size=1")
-    other = texts(checkpoint, "--num_samples=3", "--prompt", "a small dog", "--seed=2")
+# ---- the same text ----
+
+def test_same_seed_same_text_whatever_the_batch(base):
+    together = texts(base, "--num_samples=3", "--prompt", "a small dog")
+    apart = texts(base, "--num_samples=3", "--prompt", "a small dog", "--batch_size=1")
+    other = texts(base, "--num_samples=3", "--prompt", "a small dog", "--seed=2")
     assert together == apart and len(set(together)) == 3 and together != other
 
 
-def test_bfloat16_changes_the_scores_little_and_the_command_takes_it(checkpoint):
-    scores, x = [], torch.randn(1, 24, 16)
-    for dtype in (torch.float32, torch.bfloat16):
-        model = load_model(find_checkpoint(checkpoint)[1], dtype=dtype)
-        reader = script.Reader(model, model.embedding().to(dtype), torch.tensor([[5, 6, 7]]), torch.zeros(24, dtype=torch.bool), 2.0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-            scores.append(reader.network(x, torch.zeros(1, 24), torch.zeros_like(x)).softmax(-1))
-    assert (scores[0] - scores[1]).abs().max() < 0.02 and 0 < (scores[0] - scores[1]).abs().max()
-    assert ", bfloat16" in write(checkpoint, "--dtype=bfloat16").stderr and "float32" in write(checkpoint, "--dtype=float32").stderr
+@torch.no_grad()
+def probabilities(model):
+    """What a network says of a guided block beside tokens that are given."""
+    canvas = Canvas(torch.arange(16), torch.arange(16) < 4, torch.tensor([5, 6, 7]))
+    order, level = plan(Sampling(), model.cfg, canvas.known).order, torch.zeros(2, 4)
+    x_t = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
+        decoder = Decoder(model, canvas, Sampling(), order, generators("cpu", 1, [0, 1]), None)
+        h = decoder.hidden(x_t, level, None, torch.arange(4, 8))
+        return model.predict(h, x_t, level, decoder.E)[1].softmax(-1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_int8_weights_answer_nearly_the_same_in_turns_and_with_guidance(checkpoint, dtype):
-    found, scores = find_checkpoint(checkpoint)[1], []
-    prompt, x = torch.tensor([[5, 6, 7]]), torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(0))
-    for int8 in (False, True):
-        model = load_model(found, dtype=getattr(torch, dtype), int8=int8)
-        reader = script.Reader(model, model.embedding().to(model.dtype), prompt, torch.zeros(24, dtype=torch.bool), 2.0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != "float32"):
-            scores.append(reader.network(x, torch.zeros(1, 24), torch.zeros_like(x)).softmax(-1))
-    assert 0 < (scores[0] - scores[1]).abs().max() < 0.03
-    assert script.sample(model, script.Config(), (torch.zeros(24, dtype=torch.int64), torch.arange(24) < 3, prompt[0]), [0]).shape == (1, 24)
-    assert len(texts(checkpoint, "--quantize=int8", f"--dtype={dtype}", "--num_samples=2")) == 2
+@pytest.mark.parametrize("dtype, int8", [("bfloat16", False), ("float32", True), ("bfloat16", True)])
+def test_fewer_bits_change_the_scores_little_and_the_command_takes_them(base, dtype, int8):
+    content = ckpt.find(base)[1]
+    exact, rough = (probabilities(ckpt.load_model(content, "cpu", *how))
+                    for how in ((torch.float32, False), (getattr(torch, dtype), int8)))
+    assert 0 < (exact - rough).abs().max() < 0.03
+    out = write(base, f"--dtype={dtype}", f"--quantize={'int8' if int8 else 'none'}", "--num_samples=2")
+    assert f", cpu, {dtype}\n" in out.stderr and "--- 2 ---" in out.stdout
 
 
-def test_an_open_blank_of_a_network_that_guesses_noise(small):
-    small.cfg, small.head = replace(small.cfg, objective="eps", schedule="linear"), torch.nn.Linear(32, 16)
-    text, = script.infill(small, script.Config(mode="infill", text="x", steps=12), [[1, 2, 3], 0, [4, 5]], [0])
-    assert text[:3] == [1, 2, 3] and text[-2:] == [4, 5] and 6 <= len(text) <= 11
+def test_samplers_agree_where_they_are_the_same(base):
+    """DDPM is DDIM at eta 1, and the constrained sampler is DDIM where nothing is held."""
+    assert texts(base, "--sampler=ddpm") == texts(base, "--eta=1") != texts(base, "--eta=0")
+    at_once = texts(base, "--block_length=0", "--eta=0.5")
+    assert at_once == texts(base, "--block_length=0", "--eta=0.5", "--sampler=constrained_ddim")
 
 
-def test_guidance_at_one_and_eta_zero(checkpoint):
-    """The two branches of guidance are one call, and DDPM is DDIM at eta 1."""
-    assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1").stderr
-    assert "6 network calls" in write(checkpoint, "--prompt=the sea", "--guidance_scale=1.5").stderr
-    assert texts(checkpoint, "--sampler=ddpm") == texts(checkpoint, "--eta=1")
-    assert texts(checkpoint, "--eta=0") == texts(checkpoint, "--eta=0") != texts(checkpoint, "--eta=1")
+def test_guidance_is_one_call_of_a_batch_twice_as_large(base):
+    for scale in ("1", "1.5"):
+        assert " 6 network calls" in write(base, "--prompt=the sea", f"--guidance_scale={scale}").stderr
 
+
+# ---- who sees what ----
 
 @pytest.mark.parametrize("place", ["in the window", "before it"])
-def test_without_guidance_the_prompt_is_not_seen_at_all(small, place):
-    """At scale 0 only the branch that is blind to the prompt counts: any prompt of as many tokens gives the same text."""
+def test_at_scale_0_the_prompt_is_not_seen_and_at_scale_1_nothing_but_it(small, place):
+    """At scale 0 any prompt of as many tokens gives the same text; at scale 1 the null branch is left out."""
     known, made = torch.arange(12) < (4 if place == "in the window" else 0), {}
-    for scale in (0, 3):
+    for scale in (0, 1, 1 + 1e-7, 3):
         for token in (3, 30):
-            idx, prompt = torch.full((12,), token), torch.full((0 if known.any() else 4,), token)
-            cfg = script.Config(guidance_scale=scale, steps=12, span_size=4)
-            made[scale, token] = script.sample(small, cfg, (idx, known, prompt), range(4))
+            canvas = Canvas(torch.full((12,), token), known, torch.full((0 if known.any() else 4,), token))
+            cfg = Sampling(guidance_scale=scale, steps=4, block_length=4)
+            made[scale, token] = generate(small, canvas, cfg, generators("cpu", 1, range(4)))
     assert torch.equal(made[0, 3][:, ~known], made[0, 30][:, ~known])
+    assert torch.equal(made[1, 3], made[1 + 1e-7, 3])
     assert not torch.equal(made[3, 3][:, ~known], made[3, 30][:, ~known])
     assert (made[3, 30][:, known] == 30).all()
 
 
-@pytest.mark.parametrize("begun, order", [(0, torch.arange(12) // 4), (4, torch.arange(12) // 4), (0, torch.arange(12) % 3)])
+@pytest.mark.parametrize("given, strided", [(0, False), (4, False), (0, True)])
 @torch.no_grad()
-def test_guided_turns_are_two_fresh_readings_weighed_by_hand(small, begun, order):
-    """What the reader keeps from turn to turn answers as a network that reads all anew, with and without the prompt."""
+def test_guided_blocks_are_two_fresh_readings_weighed_by_hand(small, given, strided):
+    """The KV cache changes nothing: the network that reads all anew says the same, with and without the prompt."""
     torch.manual_seed(1)
-    known, prompt, table = torch.arange(12) < begun, torch.randint(50, (2, 3)), small.embedding()
-    group, text = torch.where(known, -1, order), torch.randint(50, (2, 12))
-    reader, tokens = script.Reader(small, table, prompt, known, 3.0), torch.where(known, text, 0)
-    for turn in group[~known].unique().tolist():
-        places, (x, guess), level = (group == turn).nonzero().flatten(), torch.randn(2, 2, 4, 16), torch.randn(2, 4)
-        got = reader.network_for(tokens, group, places)(x, level, guess)
+    known, prompt, E = torch.arange(12) < given, torch.randint(50, (3,)), small.embedding()
+    order, text = diffusion.block_order(~known, 4, strided), torch.randint(50, (2, 12))
+    canvas = Canvas(torch.where(known, text, 0), known, prompt)
+    decoder = Decoder(small, canvas, Sampling(guidance_scale=3.0), order, [None] * 2, None)
+    for block in order[~known].unique().tolist():
+        pos, level = (order == block).nonzero().flatten(), torch.randn(2, 12)
+        x_t, guess = torch.randn(2, 2, 12, 16)
+        got = decoder.hidden(x_t[:, pos], level[:, pos], guess[:, pos], pos)
         answers = []
-        for seen, turns in ((True, group), (False, group.masked_fill(known, script.LATER))):
-            seen, turns = torch.full((2, 3), seen), turns.expand(2, -1)
-            past = small.look_back(small.remember(tokens, turns, prompt, seen), turns, places)
-            answers.append(small(x, level, guess, prompt, seen, past))
-        want = script.diffusion.guide(*answers, 3.0)
-        assert torch.allclose(got[..., :50], want[..., :50], atol=1e-3) and (answers[0] - answers[1]).abs().max() > 0.1
-        tokens[:, places] = text[:, places]
+        for sees, blocks in ((True, order), (False, order.masked_fill(known, LATER))):
+            read = small.encode_prompt(prompt.expand(2, -1), torch.full((2, 3), sees), E)
+            h = small.denoise(E[decoder.tokens], x_t, level, blocks.expand(2, -1), read, E, guess)
+            answers.append(h[:, pos])
+        assert torch.allclose(got, diffusion.guide(*answers, 3.0), atol=1e-4)
+        assert (answers[0] - answers[1]).abs().max() > 0.1
+        decoder.tokens[:, pos], decoder.new = text[:, pos], pos
 
 
-def test_text_is_written_in_turns_or_at_once(checkpoint):
-    def header(*args): return call(["sample.py", f"--checkpoint={checkpoint}", *args]).stderr
-    assert "24 steps, 1 token at a time" in header() and "64 steps, all tokens at once" in header("--span_size=0")
-    assert "6 steps, 12 tokens at a time" in header("--span_size=12", "--steps=6")
-    assert "6 steps, 4 streams side by side" in header("--streams=4") and " 4 network calls" in header("--streams=24")
-    assert "a larger --span_size" in write(checkpoint, "--span_size=2", code=2).stderr
-    assert "more --streams" in write(checkpoint, "--span_size=1", code=2).stderr
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "constrained_ddim"])
+@pytest.mark.parametrize("block_length, strided", [(0, False), (1, False), (3, False), (3, True)])
+def test_given_tokens_come_back_and_only_blanks_are_written(small, sampler, block_length, strided):
+    known, seen, idx = torch.rand(12, generator=torch.Generator().manual_seed(2)) < 0.5, [], torch.arange(12)
+    cfg = Sampling(block_length=block_length, strided=strided, steps=2, sampler=sampler)
+    made = generate(small, Canvas(idx, known, idx[:3]), cfg, generators("cpu", 1, range(3)),
+                    lambda t, tokens, pos, logits: seen.append((t, *pos.tolist())))
+    assert (made[:, known] == idx[known]).all() and made.max() < 50 and len(made[:, ~known].unique()) > 3
+    last = [place for t, *pos in seen if t < 1000 for place in pos]
+    assert sorted(last) == (~known).nonzero().flatten().tolist()
+    assert len(seen) == 2 * plan(cfg, small.cfg, known).num_blocks
 
 
-def test_every_span_gets_steps_enough():
-    """One for each single token; or 64, 8 for each of 8 spans, and more for a longer text; in a turn no more than the timesteps."""
-    nothing, cfg = torch.zeros(64, dtype=torch.bool), ModelConfig(block_size=64, timesteps=100, span_size=8)
+# ---- blocks and steps ----
+
+def test_the_header_says_how_a_text_is_written(base, tmp_path):
+    def header(*args, base=base): return call(["sample.py", f"--checkpoint={base}", "--device=cpu", *args]).stderr
+    assert "; blocks of 8 tokens, ddim, 2 x 16 steps, cpu" in header()
+    assert "; the whole window at once, ddim, 1 x 50 steps" in header("--block_length=0")
+    assert "; one token at a time, ddim, 16 x 1 steps" in header("--block_length=1")
+    assert "; blocks of 4 tokens, spread over the text, constrained_ddim, 4 x 2 steps" in header(
+        "--block_length=4", "--strided", "--steps=2", "--sampler=constrained_ddim")
+    content = {**ckpt.find(base)[1], "block_length": 1}
+    del content["format"]
+    ckpt.write(tmp_path / "ckpt_00000020.pt", content)                      # of a network trained token by token
+    assert "one token at a time" in header(base=tmp_path)
+    assert "blocks of 8 tokens" in header("--block_length=8", base=tmp_path)
+
+
+def test_steps_are_those_of_a_block():
+    nothing, cfg = torch.zeros(64, dtype=torch.bool), ModelConfig(block_size=64, timesteps=100)
 
     def steps(known=nothing, cfg=cfg, **settings):
-        return script.plan(script.Config(**settings), cfg, known)[2:]
-    assert steps() == (64, 64) and steps(span_size=0) == steps(cfg=replace(cfg, span_size=0)) == (1, 64)
-    assert steps(span_size=8) == (8, 64) and steps(torch.zeros(512, dtype=torch.bool), span_size=8) == (64, 512)
-    assert steps(torch.arange(64) != 9) == (1, 1) and steps(torch.arange(64) != 9, span_size=4) == (1, 64)
-    assert steps(cfg=replace(cfg, objective="eps")) == (64, 512)
-    assert steps(streams=8) == (8, 8) and steps(torch.arange(64) < 9, streams=2) == (28, 28)
-    assert steps(sampler="ddpm") == (64, 100) and steps(cfg=replace(cfg, timesteps=4), span_size=8) == (8, 32)
-    assert steps(steps=800, span_size=8) == (8, 800)
-    for wrong, words in ((7, "less than one for each of 8 turns"), (801, "more than the 100 timesteps")):
-        with pytest.raises(ValueError, match=words):
-            steps(steps=wrong, span_size=8)
+        return plan(Sampling(**settings), cfg, known)[1:]
+    assert steps() == (8, 16) and steps(block_length=0) == (1, 50) and steps(block_length=1) == (64, 1)
+    assert steps(strided=True) == (8, 16) and steps(torch.arange(64) < 9, block_length=16, strided=True) == (4, 16)
+    assert steps(torch.arange(64) < 9) == (7, 16) and steps(torch.arange(64) != 9, block_length=1) == (1, 1)
+    assert steps(sampler="ddpm") == (8, 100) and steps(sampler="ddpm", steps=7) == (8, 7)
+    assert steps(block_length=1, cfg=replace(cfg, objective="eps")) == (64, 16)
+    assert steps(cfg=replace(cfg, timesteps=4)) == (8, 4) and steps(steps=100) == (8, 100)
+    with pytest.raises(writing.UserError, match="steps=101 is more than the 100 noise levels"):
+        steps(steps=101)
 
 
-def test_infill_returns_the_given_text_and_fills_the_rest(checkpoint):
-    out = write(checkpoint, "--mode=infill", "--text", "the red[MASK:2] went [MASK] home<|endoftext|>")
-    text = out.stdout.rstrip("\n")
-    assert text.startswith("the red") and text.endswith(" home<|endoftext|>") and " went" in text
-    n = int(out.stderr.split(" tokens written")[0].split()[-1])
-    assert 3 <= n <= 14 and f"{6 * 13} network calls" in out.stderr            # twelve lengths are tried, then the other blank is filled
-    out = write(checkpoint, "--mode=infill", "--num_samples=3", "--text", "the red[MASK:2] went [MASK:4] home")
-    assert "18 tokens written" in out.stderr and "6 network calls" in out.stderr
+def test_a_network_that_guesses_noise_fills_an_open_blank(small):
+    small.cfg, small.head = replace(small.cfg, objective="eps", schedule="linear"), torch.nn.Linear(32, 16)
+    text, = writing.infill(small, [[1, 2, 3], 0, [4, 5]], Sampling(steps=3), makers(0))
+    assert text[:3] == [1, 2, 3] and text[-2:] == [4, 5] and 6 <= len(text) <= 11
 
 
-def test_prompts_from_a_file_and_from_stdin(checkpoint, tmp_path):
+# ---- the command ----
+
+def test_infill_returns_the_given_text_and_fills_the_rest(base):
+    out = write(base, "--mode=infill", "--text", "the red[MASK:2] went [MASK] home<|endoftext|>")
+    assert out.stdout.startswith("the red") and out.stdout.endswith(" home<|endoftext|>\n") and " went" in out.stdout
+    assert 3 <= int(out.stderr.split(" tokens written")[0].split()[-1]) <= 10 and "is tried with 1 to" in out.stderr
+    out = write(base, "--mode=infill", "--num_samples=3", "--text", "the red[MASK:2] went[MASK:4] home")
+    assert "18 tokens written" in out.stderr
+
+
+def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
     (tmp_path / "prompts.txt").write_text("the dog\n\nthe sea\n")
-    out = write(checkpoint, "--json=True", f"--prompt=@{tmp_path / 'prompts.txt'}")
-    rows = [json.loads(line) for line in out.stdout.splitlines()]
-    assert [row["prompt"] for row in rows] == ["the dog", "the sea"]
-    out = write(checkpoint, "--prompt", "-", stdin="the wind\n")
-    assert out.stdout.startswith("the wind") and "6 network calls" in out.stderr
+    out = write(base, "--json", f"--prompt=@{tmp_path / 'prompts.txt'}")
+    assert [json.loads(line)["prompt"] for line in out.stdout.splitlines()] == ["the dog", "the sea"]
+    assert write(base, "--prompt", "-", stdin="the wind\n").stdout.startswith("the wind")
+    out = write(base, "--seq_len=5")
+    assert "no prompt: the samples are unconditional" in out.stderr and "\n5 tokens written" in out.stderr
+    assert "has nothing to guide" in write(base, "--guidance_scale=2").stderr
 
 
-def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(checkpoint, tmp_path):
+def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base, tmp_path):
     (tmp_path / "text.txt").write_text("the dog [MASK:2] home\n")
-    assert write(checkpoint, "--mode=infill", f"--text=@{tmp_path / 'text.txt'}").stdout.startswith("the dog")
-    encoding = script.get_tokenizer(find_checkpoint(checkpoint)[1]["data"]["tokenizer"])
-    watch, ids = script.Watch(script.Config(show=True), encoding, 1), encoding.encode_ordinary("the dog")
-    watch.written = torch.arange(len(ids)) < 1
-    tokens, err = torch.tensor([ids]), io.StringIO()
+    assert write(base, "--mode=infill", f"--text=@{tmp_path / 'text.txt'}").stdout.startswith("the dog")
+    tokenizer = script.get_tokenizer(ckpt.find(base)[1]["data"]["tokenizer"])
+    ids, err = tokenizer.encode_ordinary("the dog sea"), io.StringIO()
+    watch = script.Watch(script.Config(show=True), tokenizer, torch.arange(len(ids)) < 1, 1)
     with contextlib.redirect_stderr(err):
-        watch(1000, tokens, torch.tensor([1]), None)
-    rest = "\u00b7" * (len(ids) - 2)
-    assert err.getvalue() == f"step 1/1, noise index 1000\n{encoding.decode(ids[:2])}{rest}\n"
+        watch(1000, torch.tensor([ids]), torch.tensor([1]), None)
+    dots = "\u00b7" * (len(ids) - 2)
+    assert dots and err.getvalue() == f"step 1/1, noise level 1000\n{tokenizer.decode(ids[:2])}{dots}\n"
 
 
-def test_header_names_the_text_it_was_trained_on(checkpoint):
-    out = write(checkpoint, "--prompt", "", "--seq_len=5", "--show=True", run=run)
-    assert "text.jsonl" in out.stderr and "unconditional" in out.stderr and "step 6/6" in out.stderr
+def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
+    out = write(base, "--prompt", "", "--seq_len=5", "--show", run=run)
+    assert "trained on text.jsonl" in out.stderr and "step 3/3, noise level" in out.stderr
 
+
+@pytest.mark.parametrize("args, words", [
+    (["--checkpoint=nowhere"], "no checkpoint at nowhere; train one with"),
+    (["--mode=infill", "--text=no blank"], "no [MASK]"),
+    (["--mode=infill"], "no [MASK]"),
+    (["--mode=infill", "--text=a [mask] [MASK]"], "[mask] is no blank"),
+    (["--mode=infill", "--text=a [MASK: 3]"], "[MASK: 3] is no blank"),
+    (["--mode=infill", "--text=@nowhere.txt"], "cannot read nowhere.txt"),
+    (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
+    (["--mode=infill", "--text=a [MASK:9999999999]"], "a blank of 9999999999 tokens"),
+    (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "neither --prompt nor --seq_len"),
+    (["--text=a [MASK]"], "--text is for --mode=infill"),
+    (["--mode=write"], "mode=write is unknown; use one of generate, infill"),
+    (["--sampler=euler"], "use one of ddim, ddpm, constrained_ddim"),
+    (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
+    (["--prompt", "dog " * 50], "more than the 16"),
+    (["--prompt=@nowhere.txt"], "cannot read nowhere.txt"),
+    (["--seq_len=17"], "17 tokens are more than the 16"),
+    (["--num_samples=0"], "num_samples=0 is out of range"),
+    (["--block_length=-1"], "block_length=-1 is out of range"),
+    (["--steps=1001"], "more than the 1000 noise levels"),
+    (["--steps=-1"], "steps=-1 is out of range"),
+    (["--eta=2"], "eta=2.0 is out of range; choose 0 to 1"),
+    (["--temperature=0"], "temperature=0.0 is out of range"),
+    (["--lora=out/lora"], "--lora=out/lora is not a setting"),
+    (["--temprature=1"], "did you mean temperature")])
+def test_mistakes_get_one_line(args, words, base):
+    out = write(base, *args, code=2)
+    assert words in out.stderr and out.stdout == ""
+    assert len([line for line in out.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+# ---- blanks ----
 
 def test_blanks_are_cut_out_before_encoding():
-    parts = script.read_blanks("ab [MASK] c[MASK:2][MASK:1]", lambda text: list(text.encode()))
-    assert parts == [[97, 98], 0, [32, 99], 2, [], 1, []]
-    idx, known = script.lay_out(parts)
-    assert bytes(idx[known].tolist()) == b"ab c" and known.tolist() == [True] * 2 + [False] * 6 + [True] * 2 + [False] * 3
-    assert torch.equal(script.lay_out(script.read_blanks("[MASK:3]", lambda text: []))[1], torch.zeros(3, dtype=torch.bool))
+    pieces = script.read_blanks("ab [MASK] c[MASK:2][MASK:1]", lambda text: list(text.encode()))
+    assert pieces == [[97, 98], 0, [32, 99], 2, [], 1, []]
+    idx, known = writing.to_canvas(pieces)
+    assert bytes(idx[known].tolist()) == b"ab c"
+    assert known.tolist() == [True] * 2 + [False] * 6 + [True] * 2 + [False] * 3
+    assert writing.to_canvas(script.read_blanks("[MASK:3]", lambda text: []))[1].tolist() == [False] * 3
 
 
 def test_windows_stand_around_a_blank_and_cut_no_other():
-    for seed in range(300):
+    for seed in range(100):
         rng = torch.Generator().manual_seed(seed)
         known = torch.rand(60, generator=rng) < 0.9
         known[torch.randint(60, (2,), generator=rng)] = False
-        for at in (known.int().diff() == -1).nonzero().flatten() + 1:
-            start, stop = script.window_around(known, int(at), 24)
-            end = int(at) + int((known[at:].cumsum(0) == 0).sum())
+        for at in (known.int().diff() == -1).nonzero().flatten().tolist():
+            at += 1
+            start, stop = writing.window_around(known, at, 24)
+            end = at + int((known[at:].cumsum(0) == 0).sum())
             assert start <= at and stop - start <= 24 and (stop >= end or end - at > 12)
             assert start in (0, at) or known[start] or known[start - 1]
             assert stop == 60 or known[stop] or known[stop - 1] or end - at > 12
             roomy = known[:at].all() and known[end:].all() and 24 < at and end < 36
             assert not roomy or abs((at - start) - (stop - end)) <= 1
-    assert script.window_around(torch.arange(20) < 3, 3, 24) == (0, 20)
+    assert writing.window_around(torch.arange(20) < 3, 3, 24) == (0, 20)
 
 
-def test_long_documents_come_back_with_their_blanks_filled(checkpoint):
-    text = " the old dog went home and then saw a boat near the sea." * 5
-    out = write(checkpoint, "--mode=infill", "--text", text + " [MASK:3]" + text + " [MASK:2] under[MASK]" + text).stdout[:-1]
+def test_long_documents_come_back_with_their_blanks_filled(base):
+    text = " the old dog went home and then saw a boat near the sea." * 3
+    out = write(base, "--mode=infill", "--text", text + " [MASK:3]" + text + " [MASK:2] under[MASK]" + text).stdout[:-1]
     assert out.startswith(text) and out.endswith(text) and out.count(text) == 3 and " under" in out
-    assert "100 tokens written" in write(checkpoint, "--mode=infill", "--text=the[MASK:100]").stderr
+    assert "100 tokens written" in write(base, "--mode=infill", "--text=the[MASK:100]").stderr
 
 
 def test_the_prompt_of_a_window_is_known_text(small):
     """What stands before a window, up to the last blank that is still open."""
     idx, known = torch.arange(40)[None], torch.arange(40) < 99
     known[[10, 30]] = False
-    start, stop, (text, seen, prompt) = script.canvas_of(idx, known, 30, small.cfg)
-    assert stop - start == 12 and prompt[0].tolist() == list(range(start - 6, start)) and text[0].tolist() == list(range(start, stop))
+    start, canvas = writing.infill_canvas(idx, known, 30, small.cfg)
+    assert canvas.idx[0].tolist() == list(range(start, start + 12))
+    assert canvas.prompt[0].tolist() == list(range(start - 6, start))
     known[start - 2] = False
-    assert script.canvas_of(idx, known, 30, small.cfg)[2][2].tolist() == [[start - 1]]
+    assert writing.infill_canvas(idx, known, 30, small.cfg)[1].prompt.tolist() == [[start - 1]]
 
 
-def test_the_nats_of_a_text_are_its_bound_token_by_token(small):
-    import train
+def test_nll_left_to_right_is_the_bound_one_by_one(small):
     torch.manual_seed(0)
     idx = torch.randint(50, (300, 12))
     small.cfg = replace(small.cfg, schedule="cosine")               # whose last level says nothing
-    got, row = script.nats(small, idx, idx[:, :0]), train.measure(small, idx, 64, 1, bands=0)
-    assert got.shape == (300, 12) and got.mean().item() == pytest.approx(row["reconstruction"], abs=3 * row["bound_error"])
-    changed = script.nats(small, torch.where(torch.arange(12) == 7, (idx + 1) % 50, idx), idx[:, :0])
-    assert torch.allclose(got[:, :7], changed[:, :7], atol=1e-4) and ((got - changed)[:, 8:].abs() > 1e-4).any(1).float().mean() > 0.9
+    got = writing.nll_left_to_right(small, idx, idx[:, :0])
+    row = bound(small, Texts(idx, idx[:, :0], idx[:, :0] > 0, idx >= 0), 100, 1)
+    assert got.mean().item() == pytest.approx(row["reconstruction"], abs=3 * row["bound_error"])
+    changed = writing.nll_left_to_right(small, torch.where(torch.arange(12) == 7, (idx + 1) % 50, idx), idx[:, :0])
+    assert torch.allclose(got[:, :7], changed[:, :7], atol=1e-4)
+    assert ((got - changed)[:, 8:].abs() > 1e-4).any(1).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_an_open_blank_takes_the_length_that_makes_what_stands_behind_it_likely(small, monkeypatch, behind):
+def test_an_open_blank_takes_the_length_that_makes_the_text_behind_it_likely(small, monkeypatch, behind):
     """Or, with nothing behind it, the one whose own tokens are likely; a second blank ends what counts."""
     seen = []
 
-    def nats(model, tokens, prompt):
+    def nll(model, tokens, prompt):
         n = tokens.size(1) - (6 if behind else 3)
         costs = torch.full(tokens.shape, 9.0)
         costs[:, 3 + n if behind else 3:][:, :2 if behind else n] = abs(n - 5)
         seen.append(n)
         return costs
-    monkeypatch.setattr(script, "nats", nats)
-    parts = [[1, 2, 3], 0, *([[4, 5], 1] if behind else [])]
-    text, = script.infill(small, script.Config(mode="infill", text="x"), parts, [0])
+    monkeypatch.setattr(writing, "nll_left_to_right", nll)
+    pieces = [[1, 2, 3], 0, *([[4, 5], 1] if behind else [])]
+    text, = writing.infill(small, pieces, Sampling(steps=2), makers(0))
     assert seen == [1, 2, 3, 4, 5, 6] and len(text) == 3 + 5 + (3 if behind else 0) and text[:3] == [1, 2, 3]
     assert not behind or text[8:10] == [4, 5]
-
-
-@pytest.mark.parametrize("args, words", [
-    (["--checkpoint=nowhere"], "train one with"),
-    (["--mode=infill", "--text=no blank"], "no [MASK]"),
-    (["--mode=infill", "--text=a [mask] [MASK]"], "[mask] is no blank"), (["--mode=infill", "--text=a [MASK: 3]"], "[MASK: 3] is no blank"),
-    (["--mode=infill", "--text=@nowhere.txt"], "cannot read nowhere.txt"),
-    (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
-    (["--mode=infill", "--text=a [MASK:99999]"], "a blank of 99999 tokens"), (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "has no meaning"),
-    (["--mode=infill"], "no [MASK]"), (["--mode=infill", "--text=a [MASK]", "--span_size=1"], "steps=6 is less than one for each of 7 turns"),
-    (["--mode=infill", "--text=a [MASK:9999999999]"], "write [MASK:1]"),
-    (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
-    (["--mode=write"], "use generate or infill"),
-    (["--prompt", "dog " * 50], "more than the 20"),
-    (["--seq_len=25"], "25 tokens are more than the 24"),
-    (["--num_samples=0"], "num_samples=0 must be positive"),
-    (["--steps=3001"], "more than the 1000"),
-    (["--steps=-1"], "must not be negative"),
-    (["--eta=2"], "between 0"),
-    (["--streams=2"], "streams=2 are of single tokens"),
-    (["--temprature=1"], "temperature"),
-    (["--prompt=@nowhere.txt"], "nowhere.txt")])
-def test_mistakes_get_one_line(args, words, checkpoint):
-    out = write(checkpoint, *args, code=2)
-    assert words in out.stderr and out.stdout == ""
-    assert len([line for line in out.stderr.splitlines() if line.startswith("error: ")]) == 1
