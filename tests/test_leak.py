@@ -1,0 +1,108 @@
+"""No token's loss depends on clean tokens of its own block or of a later one, on padding, or on what is withheld: exact
+Jacobians in float64 of the loss module over real batches of every kind."""
+import numpy as np
+import pytest
+import torch
+from conftest import wake
+
+import configurator
+import data
+import model
+import train
+from diffusion import LATER
+from model import SunFish
+
+T, P, V, B = 12, 6, 64, 16
+SIZE = [f"--block_size={T}", f"--prompt_size={P}", f"--batch_size={B}", f"--batch_tokens={B * T}", "--n_layer=3",
+        "--n_head=2", "--n_embd=16", "--token_dim=8"]
+BLOCKS = ["--p_single=0", "--p_window=0", "--p_given=0", "--max_block_length=4"]
+KINDS = {"default": [], "single": ["--p_single=1", "--p_window=0"], "blocks": [*BLOCKS, "--p_strided=0"],
+         "strided": [*BLOCKS, "--p_strided=1"], "windows": ["--p_single=0", "--p_window=1"], "given": ["--p_given=1"],
+         "windows alone": ["--p_single=0", "--p_window=1", "--p_given=0"], "cross_every": ["--cross_every=2"],
+         "examples": ["--conditioning_dropout=0.3"], "examples in blocks": [*BLOCKS, "--conditioning_dropout=0.3"],
+         "eps": ["--objective=eps", "--schedule=linear"]}
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """All in float64; the first guess, which training makes without gradients, with them."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)
+    for owner in (train.DiffusionLoss, SunFish):
+        monkeypatch.setattr(owner, "first_guess", owner.first_guess.__wrapped__)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(kind, folder, step=0):
+    """A network and a batch, of texts in which no id comes twice."""
+    lengths = [(3, 5), (9, 6), (2, 12), (5, 2)] if "examples" in kind else []
+    n = sum(map(sum, lengths)) or 60
+    data.write_shard(folder / "train_000000.bin", np.random.default_rng(0).permutation(V)[:n], lengths)
+    cfg = configurator.load(train.Config, SIZE + KINDS[kind])
+    torch.manual_seed(0)
+    net = wake(SunFish(cfg, V)).double().requires_grad_(False)
+    return net, data.make_batch(cfg, data.Dataset(folder, "train", cfg, V), step, range(B), "cpu")
+
+
+def jacobian(net, batch, is_guessed):
+    """Length of the derivative of each token's loss (row) with respect to each clean vector (column): (B, T, T)."""
+    batch, rows, guesses = batch._replace(guess=is_guessed), [], []
+    x_0 = net.embedding()[batch.idx].requires_grad_()
+
+    def denoise(_, x_t, log_snr, order, prompt, E, guess=None):
+        guesses.append(guess is not None and guess.requires_grad)
+        return SunFish.denoise(net, x_0, x_t, log_snr, order, prompt, E, guess)
+    net.denoise = denoise
+    for k in range(T):
+        loss, _ = train.DiffusionLoss(net)(batch._replace(loss_mask=batch.loss_mask & (torch.arange(T) == k)))
+        grad, = torch.autograd.grad(loss, x_0, allow_unused=True, materialize_grads=True)
+        rows.append(grad.norm(dim=-1))
+    assert batch.order is None or any(guesses) == (is_guessed and net.cfg.objective == "ce"), "the guess is looked into"
+    return torch.stack(rows, 1)
+
+
+def may_see(batch):
+    """Whether a token's loss (row) may depend on a clean token (column): of an earlier block. (B, T, T)"""
+    order = torch.zeros_like(batch.idx) if batch.order is None else batch.order
+    return (order[:, None] < order[:, :, None]) & batch.loss_mask[..., None]
+
+
+@pytest.mark.parametrize("is_guessed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_depends_on_clean_tokens_of_earlier_blocks_and_on_no_others(double, tmp_path, kind, is_guessed):
+    net, batch = make(kind, tmp_path)
+    found, allowed = jacobian(net, batch, is_guessed), may_see(batch)
+    assert found[~allowed].eq(0).all(), f"a leak: {found[~allowed].max()}"
+    assert found[allowed].gt(1e-12).all(), f"not seen: {found[allowed].min()}"
+    assert allowed.any() == (kind != "windows alone")
+    assert kind != "given" or (batch.order == -1).any()
+    assert "examples" not in kind or (batch.order == LATER).any() and (batch.order == -1).any()
+
+
+@pytest.mark.parametrize("kind", ["default", "examples"])
+def test_prompts_hold_nothing_of_the_text(double, tmp_path, kind):
+    for step in range(5):
+        _, batch = make(kind, tmp_path, step)
+        for idx, prompt, visible in zip(batch.idx, batch.prompt, batch.prompt_mask, strict=True):
+            assert not set(prompt[visible].tolist()) & set(idx.tolist())
+
+
+def leaky_mask(order):
+    own, other = order[:, :, None], order[:, None]
+    clean = torch.cat((other <= own, torch.zeros_like(other <= own)), -1)
+    noisy = torch.cat((other <= own, other == own), -1)                     # in training_mask other < own
+    return torch.cat((clean, noisy), 1)[:, None]
+
+
+def leaky_layout(order, T, layout=model.training_layout):
+    made = layout(order, T)
+    return made._replace(near=torch.ones_like(made.near))                   # in training_layout around <= own
+
+
+@pytest.mark.parametrize("name, leaky", [("training_mask", leaky_mask), ("training_layout", leaky_layout)])
+@pytest.mark.parametrize("kind", ["single", "blocks", "strided", "given", "examples"])
+def test_a_leak_would_be_noticed(double, tmp_path, monkeypatch, name, leaky, kind):
+    monkeypatch.setattr(model, name, leaky)
+    net, batch = make(kind, tmp_path)
+    assert jacobian(net, batch, False)[~may_see(batch)].max() > 1e-6
