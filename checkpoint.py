@@ -1,8 +1,9 @@
 """
 Networks on disk: checkpoints of a run, exports to be shared, adapters, and GPT-2's token vectors.
 
-A checkpoint is one file of plain types and tensors, written whole or not at all and checked before use. An export is a folder of
-model.safetensors, config.json and tokenizer.json, which may also come from the Hugging Face hub as hf:user/name.
+A checkpoint is one file of plain types and tensors, written whole or not at all and checked before use. An export is a
+folder of model.safetensors, config.json and tokenizer.json, which may also come from the Hugging Face hub as
+hf:user/name.
 """
 import dataclasses
 import hashlib
@@ -45,12 +46,14 @@ def write(path, content):
     except (OSError, RuntimeError) as error:            # a full disk is a RuntimeError of torch.save
         temporary.unlink(missing_ok=True)
         needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
-        raise Fault(f"could not write {path} ({reason(error)}); it needs {needed:,} bytes; free some space and resume") from None
+        raise Fault(f"could not write {path} ({reason(error)}); it needs {needed:,} bytes; free some space and "
+                    "resume") from None
 
 
 def read(path):
-    """The content of a checkpoint file, its tensors mapped from the disk. Only plain types are unpickled, and every byte is checked
-    first: torch.load alone does not notice a flipped bit. Fault if the file is not a sound checkpoint."""
+    """The content of a checkpoint file, its tensors mapped from the disk. Only plain types are unpickled, and every
+    byte is checked first: torch.load alone does not notice a flipped bit. Fault if the file is not a sound
+    checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -66,8 +69,8 @@ def read(path):
 
 
 def find(place):
-    """(path, content) of the file `place`, of an export in a folder or on the hub (hf:user/name), or of the newest sound checkpoint
-    in the folder, or else in the folder below it that was written last; None if there is none.
+    """(path, content) of the file `place`, of an export in a folder or on the hub (hf:user/name), or of the newest
+    sound checkpoint in the folder, or else in the folder below it that was written last; None if there is none.
 
     A damaged file is passed over with a warning; Fault if all are.
     """
@@ -100,15 +103,18 @@ def save(cfg, done, state, **content):
 
 def check_resumable(cfg, data, content):
     """Raise UserError for another network or other data than the checkpoint's; print what else differs."""
-    fixed = {field.name for field in dataclasses.fields(ModelConfig)} | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}
+    network = {field.name for field in dataclasses.fields(ModelConfig)}
+    fixed = network | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}
     old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
     changed = [name for name in old if name != "resume" and old[name] != getattr(cfg, name)]
     wrong = [f"{name}={getattr(cfg, name)} is {old[name]}" for name in changed if name in fixed]
     if wrong:
-        raise UserError(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another --out_dir")
+        raise UserError(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another "
+                        "--out_dir")
     if data["fingerprint"] != content["data"]["fingerprint"]:
-        raise UserError(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was trained on "
-                        f"{content['data']['label']} ({content['data']['fingerprint']}); resume with that --dataset")
+        raise UserError(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was "
+                        f"trained on {content['data']['label']} ({content['data']['fingerprint']}); resume with that "
+                        "--dataset")
     for name in changed:
         print(f"resuming with {name}={getattr(cfg, name)}, was {old[name]}")
     if content["world_size"] != world_size():
@@ -116,7 +122,8 @@ def check_resumable(cfg, data, content):
 
 
 def check_base(cfg, content, adapts):
-    """Raise UserError if the adapters of a checkpoint's content are for another network than those that are trained now."""
+    """Raise UserError if the adapters of a checkpoint's content are for another network than those that are trained
+    now."""
     if content and content.get("base") != adapts.get("base"):
         raise UserError(f"the adapter in {cfg.out_dir} was trained on the network {content.get('base')}, and "
                         f"init_from={cfg.init_from} is {adapts.get('base')}")
@@ -125,8 +132,8 @@ def check_base(cfg, content, adapts):
 # ---- the state of a run ----
 
 def gather_state(model, ema, optimizer):
-    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others. With adapters
-    only theirs."""
+    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others. With
+    adapters only theirs."""
     state = {}
     for name, net in (("model", model), ("ema", ema)):
         weights = gather_weights(net)
@@ -141,11 +148,12 @@ def gather_weights(net):
 
 
 def restore_state(state, model, ema, optimizer=None):
-    """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer: of the weights."""
+    """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer: of the
+    weights."""
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     for net, name in ((model, "model"), (ema, "ema")):
         dcp.set_model_state_dict(net, dict(state.get(name, {})), options=options)      # a copy: it is changed
-    if optimizer:                                       # its tensors, kept as they come, must not stay mapped from a file
+    if optimizer:                                       # it keeps its tensors: they must not stay mapped from a file
         moments = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state.get("optimizer", {}))
         dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
 
@@ -171,18 +179,21 @@ def find_network(place):
     """As `find`, with adapters merged into the network that they were trained on; UserError if there is none."""
     found = find(place)
     if found is None:
-        raise UserError(f"no checkpoint at {place}; train one with `python train.py config/tiny.py`, or name it with --checkpoint")
+        raise UserError(f"no checkpoint at {place}; train one with `python train.py config/tiny.py`, or name it with "
+                        "--checkpoint")
     path, content = found
     if "base" not in content:
         return found
     base = find(content["config"]["init_from"])
     if base is None:
-        raise UserError(f"{path} holds adapters, and the network they change is gone: init_from={content['config']['init_from']}")
+        raise UserError(f"{path} holds adapters for init_from={content['config']['init_from']}, where there is no "
+                        "network; put it back")
     return path, merge(base[1], content, path)
 
 
 def merge(base, adapter, path):
-    """The content of a checkpoint whose network is that of `base` with an adapter's change; UserError if that is of another."""
+    """The content of a checkpoint whose network is that of `base` with an adapter's change; UserError if that is of
+    another."""
     found = fingerprint(base["ema"])
     if adapter["base"] != found:
         raise UserError(f"{path}: the adapter was trained on the network {adapter['base']}, and "
@@ -196,7 +207,8 @@ def merge(base, adapter, path):
 
 
 def load_model(content, device="cpu", dtype=torch.float32, int8=False):
-    """The averaged network of a checkpoint's content, ready to write: the weights of its products in dtype, or in int8."""
+    """The averaged network of a checkpoint's content, ready to write: the weights of its products in dtype, or in
+    int8."""
     model = SunFish(model_config(content), content["data"]["vocab_size"])
     model.load_state_dict(content["ema"])
     return to_inference(model, device, dtype, int8)
@@ -217,8 +229,8 @@ def to_inference(model, device="cpu", dtype=torch.float32, int8=False):
 # ---- sharing ----
 
 def export(folder, content, **more):
-    """Write the averaged network of a checkpoint's content to a folder, with `more` plain values in config.json; UserError without
-    the safetensors package, Fault if it cannot be written."""
+    """Write the averaged network of a checkpoint's content to a folder, with `more` plain values in config.json;
+    UserError without the safetensors package, Fault if it cannot be written."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -232,30 +244,32 @@ def export(folder, content, **more):
         save_file({name: x.contiguous() for name, x in content["ema"].items()}, folder / "model.safetensors")
         (folder / "model.safetensors").chmod(0o644)                     # it would be for its owner only
         for name, values in (("tokenizer", content["data"]["tokenizer"]), ("config", config)):
-            (folder / f"{name}.json").write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:                         # a full disk is a SafetensorError
         raise Fault(f"cannot write export={folder} ({reason(error)}); choose another folder") from None
 
 
 def read_export(folder):
-    """What `export` wrote, as the content of a checkpoint; Fault if it is not sound. The fingerprint protects against damage, not
-    against malice."""
+    """What `export` wrote, as the content of a checkpoint; Fault if it is not sound. The fingerprint protects against
+    damage, not against malice."""
     try:
         from safetensors.torch import load_file
-        config, tokenizer = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "tokenizer"))
-        content = {**config, "data": {**config["data"], "tokenizer": tokenizer}, "ema": load_file(folder / "model.safetensors")}
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["data"]["tokenizer"] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content = {**config, "ema": load_file(folder / "model.safetensors")}
     except ImportError:
         raise UserError(f"{folder} is read with safetensors; pip install safetensors") from None
     except Exception as error:                          # of json, of files, of safetensors
         raise Fault(f"{folder} is not a sound export ({reason(error)})") from None
     if content.get("format") != FORMAT or content.get("fingerprint") != fingerprint(content["ema"]):
-        raise Fault(f"{folder} is not a sound export of format {FORMAT}: its weights are not those that config.json names")
+        raise Fault(f"{folder} is not a sound export of format {FORMAT}: its weights are not those of config.json")
     return content
 
 
 def download(name, *files):
-    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub what was fetched before.
-    Fault if they cannot be had."""
+    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub what was fetched
+    before. Fault if they cannot be had."""
     from huggingface_hub import HfApi, snapshot_download
     why = None
     try:
@@ -269,8 +283,8 @@ def download(name, *files):
 
 
 def gpt2_vectors(path, vocab_size):
-    """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance: of a safetensors file with wte.weight, or, for no path, of the
-    public checkpoint, fetched once. UserError if they cannot be had or are for another vocabulary."""
+    """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance: of a safetensors file with wte.weight, or, for no
+    path, of the public checkpoint, fetched once. UserError if they cannot be had or are for another vocabulary."""
     try:
         from safetensors import safe_open
         path = path or Path(download("openai-community/gpt2", "model.safetensors"), "model.safetensors")
@@ -279,11 +293,11 @@ def gpt2_vectors(path, vocab_size):
             table = file.get_tensor(name).float()
     except ImportError:
         raise UserError("prompt_table=gpt2 is read with safetensors; pip install safetensors") from None
-    except Exception as error:                          # of the hub, of files, of safetensors; StopIteration: no such tensor
+    except Exception as error:                          # of the hub, of files, of safetensors
         why = "no tensor wte.weight" if isinstance(error, StopIteration) else reason(error)
         raise UserError(f"GPT-2's vectors{f' ({path})' if path else ''}: {why}; name a copy of openai-community/gpt2's "
                         "model.safetensors with --prompt_file") from None
     if table.shape != (vocab_size, GPT2_DIM):
-        raise UserError(f"GPT-2's vectors are {tuple(table.shape)}, and this text needs {(vocab_size, GPT2_DIM)}; prepare the text "
-                        "with --tokenizer=gpt2, or use --prompt_table=learned")
+        raise UserError(f"GPT-2's vectors are {tuple(table.shape)}, and this text needs {(vocab_size, GPT2_DIM)}; "
+                        "prepare the text with --tokenizer=gpt2, or use --prompt_table=learned")
     return (table / table.std()).half()

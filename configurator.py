@@ -1,11 +1,12 @@
 """
 Settings for the scripts, and how a run ends.
 
-    python train.py config/micro.py --learning_rate=3e-4 --device cpu
+python train.py config/micro.py --learning_rate=3e-4 --device cpu
 
-A script declares one frozen dataclass of int, float, bool and str fields, one line a setting, and calls `run(main, Config)`.
-Settings come from the dataclass, then from config files, then from the command line; the later one wins. Config files hold
-`name = value` lines and are read, never run. A mistake ends the script with one line and exit code 2, a fault with exit code 1.
+A script declares one frozen dataclass of int, float, bool and str fields, one line a setting, and calls `run(main,
+Config)`. Settings come from the dataclass, then from config files, then from the command line; the later one wins.
+Config files hold `name = value` lines and are read, never run. A mistake ends the script with one line and exit code 2,
+a fault with exit code 1.
 """
 import ast
 import dataclasses
@@ -54,8 +55,8 @@ def run(main, Config):
 
 
 def say_error(error, code):
-    """Print an error in one line; returns the code. Under torchrun the first process of a machine speaks, before the others
-    repeat it: torchrun ends them as soon as one process has ended."""
+    """Print an error in one line; returns the code. Under torchrun the first process of a machine speaks, before the
+    others repeat it: torchrun ends them as soon as one process has ended."""
     if int(os.environ.get("LOCAL_RANK", "0")):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
@@ -79,8 +80,8 @@ def one_of(cfg, name, *choices):
 def load(Config, argv=None):
     """An instance of the dataclass `Config` from its defaults, the config files and the command line, in this order.
 
-    Its method `check`, if there is one, may raise UserError. The names of the settings that were given are kept as a frozenset,
-    `given`.
+    Its method `check`, if there is one, may raise UserError. The names of the settings that were given are kept as a
+    frozenset, `given`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     hints = typing.get_type_hints(Config)
@@ -110,7 +111,8 @@ def describe(cfg):
 
 
 def split_args(argv, kinds):
-    """Config files and (name, text) pairs, each in the order given; knows `--key=value`, `--key value` and a bare `--flag`."""
+    """Config files and (name, text) pairs, each in the order given; knows `--key=value`, `--key value` and a bare
+    `--flag`."""
     files, pairs, args = [], [], list(argv)
     while args:
         arg = args.pop(0)

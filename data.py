@@ -215,11 +215,11 @@ class Texts(NamedTuple):
 
 
 class Dataset:
-    """Windows of block_size tokens over the shards of one split, each with the tokens before it; or, of shards of instructions,
-    examples: the instruction, up to half of a window of it, then the response.
+    """Windows of block_size tokens over the shards of one split, each with the tokens before it; or, of shards of
+    instructions, examples: the instruction, up to half of a window of it, then the response.
 
-    An instruction that is longer begins before the window; one that fits neither there is left out. A response that is too long is
-    cut. UserError if there is no window or example.
+    An instruction that is longer begins before the window; one that fits neither there is left out. A response that is
+    too long is cut. UserError if there is no window or example.
     """
 
     def __init__(self, folder, split, cfg, vocab_size):
@@ -229,20 +229,21 @@ class Dataset:
         self.is_examples = any(len(rows) for rows in lengths)
         rows = [self.place(part) for part in lengths]
         self.rows = np.concatenate(rows)                    # of examples
-        self.ends = np.cumsum([len(part) for part in rows] if self.is_examples else [len(shard) // self.T for shard in self.shards])
+        counts = map(len, rows) if self.is_examples else (len(shard) // self.T for shard in self.shards)
+        self.ends = np.cumsum(list(counts))
         if self.ends[-1] == 0 and self.is_examples:
-            raise UserError(f"{folder}: no {split} example has an instruction of up to {self.T // 2 + self.P} tokens; raise "
-                            "block_size or prompt_size")
+            raise UserError(f"{folder}: no {split} example has an instruction of up to {self.T // 2 + self.P} tokens; "
+                            "raise block_size or prompt_size")
         if self.ends[-1] == 0:
-            raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens; prepare more text or lower "
-                            "block_size")
+            raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens; prepare more "
+                            "text or lower block_size")
 
     def __len__(self):
         return int(self.ends[-1])
 
     def place(self, lengths):
-        """Of examples with instructions and responses of these lengths (n, 2): where each begins, where its window begins, the
-        tokens of the instruction in the window, and all tokens there: (m, 4)."""
+        """Of examples with instructions and responses of these lengths (n, 2): where each begins, where its window
+        begins, the tokens of the instruction in the window, and all tokens there: (m, 4)."""
         start = lengths.sum(1).cumsum() - lengths.sum(1)
         given = np.minimum(lengths[:, 0], self.T // 2)
         end = np.minimum(given + lengths[:, 1], self.T)
@@ -250,7 +251,8 @@ class Dataset:
         return rows[lengths[:, 0] <= self.T // 2 + self.P]
 
     def locate(self, i):
-        """Of windows or examples i (n,): the shard, and as `place` the beginning, the window, given tokens and all: five of (n,)."""
+        """Of windows or examples i (n,): the shard, and as `place` the beginning, the window, given tokens and all:
+        five of (n,)."""
         shard = np.searchsorted(self.ends, i, side="right")
         if not self.is_examples:
             at = i - np.concatenate(([0], self.ends))[shard]
@@ -258,8 +260,8 @@ class Dataset:
         return shard, *self.rows[i].T
 
     def read(self, i):
-        """Windows or examples i (n,): their Texts, and how many tokens at the beginning of each are given (n,). UserError for a
-        token id beyond the vocabulary."""
+        """Windows or examples i (n,): their Texts, and how many tokens at the beginning of each are given (n,).
+        UserError for a token id beyond the vocabulary."""
         shard, start, window, given, end = self.locate(np.asarray(i))
         pos = np.arange(-self.P, self.T)
         places = window[:, None] + pos
@@ -271,14 +273,15 @@ class Dataset:
             ids[rows] = np.where(exists[rows], found, 0)
         if ids.max() >= self.vocab_size:
             self.refuse(ids, places, shard)
-        texts = Texts(ids[:, self.P:], ids[:, :self.P], exists[:, :self.P], exists[:, self.P:] & (pos[self.P:] >= given[:, None]))
+        counts = exists[:, self.P:] & (pos[self.P:] >= given[:, None])
+        texts = ids[:, self.P:], ids[:, :self.P], exists[:, :self.P], counts
         return Texts(*map(torch.from_numpy, texts)), torch.from_numpy(given)
 
     def refuse(self, ids, places, shard):
         """Raise UserError for the first id that is out of the vocabulary."""
         row, column = np.argwhere(ids >= self.vocab_size)[0]
-        raise UserError(f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]} is not below the vocabulary "
-                        f"of {self.vocab_size}; these shards were made with another tokenizer, prepare them again")
+        raise UserError(f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]} is not below "
+                        f"the vocabulary of {self.vocab_size}; these shards are of another tokenizer, prepare them again")
 
     def spread(self, n):
         """The Texts of n windows or examples spread evenly over the split, with repetition if it is smaller."""
@@ -294,11 +297,11 @@ class Dataset:
         return torch.from_numpy(np.log(count / count.sum())).float()
 
 
-# ---- batches: everything random is drawn for all sequences of an optimizer step at once, from (seed, step, purpose) ----
+# ---- batches: all that is random is drawn for a whole optimizer step at once, from (seed, step, purpose) ----
 
 class Batch(NamedTuple):
     idx: torch.Tensor              # (B, T) int64 token ids
-    order: torch.Tensor | None     # (B, T) int64 number of the block in which each is written; -1 given; None: one block of all
+    order: torch.Tensor | None     # (B, T) number of the block in which each is written; -1 given; None: one block
     t: torch.Tensor                # (B, T) int64 diffusion index of each, one for the tokens of a block
     eps: torch.Tensor              # (B, T, C) noise
     prompt: torch.Tensor           # (B, P) int64 token ids before the text, at the right end
@@ -315,8 +318,8 @@ def scramble(x):
 
 
 def permute(i, n, key):
-    """The places of i (m,) in random orders of 0 .. n - 1, a key (m,) uint64 each, without storing the order: a Feistel network of
-    four rounds over the next power of four, walked until it falls into range (Black & Rogaway 2002)."""
+    """The places of i (m,) in random orders of 0 .. n - 1, a key (m,) uint64 each, without storing the order: a Feistel
+    network of four rounds over the next power of four, walked until it falls into range (Black & Rogaway 2002)."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     i = np.array(i, np.uint64)
@@ -332,7 +335,8 @@ def permute(i, n, key):
 
 
 def window_numbers(cfg, n, step):
-    """The windows of the sequences of a step, out of n: each epoch visits all of them once, in an order of its own: (S,) int64."""
+    """The windows of the sequences of a step, out of n: each epoch visits all of them once, in an order of its own:
+    (S,) int64."""
     epoch, place = np.divmod(step * cfg.step_sequences + np.arange(cfg.step_sequences), n)
     key = scramble(epoch.astype(np.uint64) + np.uint64(diffusion.hash64(cfg.seed, "epoch")))
     return permute(place, n, key)
@@ -344,8 +348,8 @@ def stratified_uniform(n, rng):
 
 
 def choose_given(S, T, rng):
-    """Which of T tokens are given in each of S sequences: a prefix, all but up to eight spans, or single tokens, of any number, but
-    never all: (S, T)."""
+    """Which of T tokens are given in each of S sequences: a prefix, all but up to eight spans, or single tokens, of any
+    number, but never all: (S, T)."""
     kind, share = torch.rand(S, 1, generator=rng), torch.rand(S, 1, generator=rng)
     place = torch.arange(T)
     prefix = place < (share * T).long()
@@ -360,9 +364,9 @@ def choose_given(S, T, rng):
 
 
 def choose_blocks(cfg, free, rng):
-    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T): a share p_single token by token, p_window
-    all at once, the others in blocks of 2, 4 ... max_block_length, of which p_strided are strided; in a share p_given of all,
-    tokens are given."""
+    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T): a share p_single token by
+    token, p_window all at once, the others in blocks of 2, 4 ... max_block_length, of which p_strided are strided; in a
+    share p_given of all, tokens are given."""
     S, T = free.shape
     powers = 2 ** torch.arange(1, max(1, cfg.max_block_length.bit_length() - 1) + 1)
     kind, size = stratified_uniform(S, rng), torch.randint(len(powers), (S, 1), generator=rng)
@@ -374,16 +378,17 @@ def choose_blocks(cfg, free, rng):
 
 
 def noise_levels(cfg, order, length, rng):
-    """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps. A token that
-    is written alone gets the highest, at which it is decided in one step; for objective eps all levels count."""
+    """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps. A
+    token that is written alone gets the highest, at which it is decided in one step; for objective eps all levels
+    count."""
     u = stratified_uniform(len(order), rng).double()
     t = 1 + (diffusion.golden_offset(u, order) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
     return torch.where(length == 1, cfg.timesteps, t) if cfg.objective == "ce" else t
 
 
 def choose_prompts(cfg, prompt_mask, is_examples, rng):
-    """(which tokens of the prompts (S, P) may be seen, whether all are withheld (S, 1)): the last ones of a random number, all of an
-    instruction, none of a share conditioning_dropout."""
+    """(which tokens of the prompts (S, P) may be seen, whether all are withheld (S, 1)): the last ones of a random
+    number, all of an instruction, none of a share conditioning_dropout."""
     S, P = prompt_mask.shape
     withheld = torch.rand(S, 1, generator=rng) < cfg.conditioning_dropout
     seen = 1 + (torch.rand(S, 1, generator=rng) * P).long()
@@ -411,8 +416,10 @@ def step_batches(cfg, data, step, micro_batches, device):
     guess = diffusion.hash64(cfg.seed, step, "guess") < cfg.self_conditioning * 2 ** 64
     for rows in micro_batches:
         rows = torch.tensor(rows)
-        idx, shown, hidden, lost = (x[rows].to(device, non_blocking=True) for x in (texts.idx, texts.prompt, prompt_mask, texts.loss_mask))
-        yield Batch(idx, None if one_block else order[rows].to(device), t[rows].to(device), eps[rows.to(device)], shown, hidden, lost, guess)
+        fields = texts.idx, order, t, texts.prompt, prompt_mask, texts.loss_mask
+        idx, blocks, levels, *prompt, loss_mask = (x[rows].to(device, non_blocking=True) for x in fields)
+        blocks = None if one_block else blocks
+        yield Batch(idx, blocks, levels, eps[rows.to(device)], *prompt, loss_mask, guess)
 
 
 def make_batch(cfg, data, step, rows, device):

@@ -1,10 +1,11 @@
 """
-The mathematics of SunFish: schedules, noise, the reverse step, three samplers, the order of writing and the likelihood bound.
+The mathematics of SunFish: schedules, noise, the reverse step, three samplers, the order of writing and the likelihood
+bound.
 
-Plain functions over tensors that know nothing of the network. Clean vectors x_0 are noised to
-x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4), and a network guesses x_0 from x_t. A schedule is a
-float64 table alpha_bar (timesteps + 1,), 1 at index 0 and strictly decreasing. An index t has the shape (B,) or, with a noise level
-for each token, (B, T); index 0 is a token without noise.
+Plain functions over tensors that know nothing of the network. Clean vectors x_0 are noised to x_t = sqrt(alpha_bar_t)
+x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4), and a network guesses x_0 from x_t. A schedule is a float64
+table alpha_bar (timesteps + 1,), 1 at index 0 and strictly decreasing. An index t has the shape (B,) or, with a noise
+level for each token, (B, T); index 0 is a token without noise.
 
 A `denoise` is any callable (x_t (B, T, C), t (B,)) -> x_0_hat (B, T, C); the samplers ask for nothing else.
 """
@@ -98,15 +99,16 @@ def generator(device, *keys):
 
 
 def randn(x, rng, draw=torch.randn):
-    """Noise like x (B, ...), normal or of another `draw`; rng is None, a Generator, or a list of B Generators, with which a row's
-    noise does not depend on its batch."""
+    """Noise like x (B, ...), normal or of another `draw`; rng is None, a Generator, or a list of B Generators, with
+    which a row's noise does not depend on its batch."""
     if isinstance(rng, (list, tuple)):
         return torch.stack([draw(x.shape[1:], generator=row, dtype=x.dtype, device=x.device) for row in rng])
     return draw(x.shape, generator=rng, dtype=x.dtype, device=x.device)
 
 
 def draw_tokens(logits, eta=0.0, rng=None):
-    """Tokens (B, T) under logits (B, T, V): the best ones with eta = 0, drawn from their softmax with eta = 1 (Gumbel-max)."""
+    """Tokens (B, T) under logits (B, T, V): the best ones with eta = 0, drawn from their softmax with eta = 1
+    (Gumbel-max)."""
     if not eta:
         return logits.argmax(-1)
     return (logits - eta * torch.log(-torch.log(randn(logits, rng, torch.rand)))).argmax(-1)
@@ -145,7 +147,8 @@ def sample_ddim(denoise, x_T, alpha_bar, steps=50, eta=0.0, rng=None):
 
 
 def sample_constrained_ddim(denoise, x_T, alpha_bar, x_known, known, steps=50, eta=0.0, rng=None):
-    """DDIM that holds the positions in known (B, T) at x_known (B, T, C), clean at every step, and denoises the rest."""
+    """DDIM that holds the positions in known (B, T) at x_known (B, T, C), clean at every step, and denoises the
+    rest."""
     indices = step_indices(len(alpha_bar) - 1, steps)
     x = torch.where(known[..., None], x_known, x_T)
     for t, s in zip(indices[:-1], indices[1:], strict=True):
@@ -164,10 +167,11 @@ def guide(prompted, null, scale):
 # ---- the order of writing ----
 
 def block_order(free, block_length, strided=False):
-    """The number of the block in which each token is written where free (..., T) is True, and -1 elsewhere: (..., T) int64.
+    """The number of the block in which each token is written where free (..., T) is True, and -1 elsewhere: (..., T)
+    int64.
 
-    A block is `block_length` neighbours, or, if strided, as many free tokens spread evenly over the text; 0 is one block of
-    all. block_length and strided may be tensors (..., 1).
+    A block is `block_length` neighbours, or, if strided, as many free tokens spread evenly over the text; 0 is one
+    block of all. block_length and strided may be tensors (..., 1).
     """
     length = torch.as_tensor(block_length, device=free.device)
     length = torch.where(length > 0, length, free.size(-1))
@@ -178,8 +182,8 @@ def block_order(free, block_length, strided=False):
 
 
 def golden_offset(u, order):
-    """A number in 0 .. 1 for each block in order (..., T): u (..., 1) for block 0, a golden section further for each next one.
-    Uniform u makes each of them uniform, and those of a sequence evenly spread."""
+    """A number in 0 .. 1 for each block in order (..., T): u (..., 1) for block 0, a golden section further for each
+    next one. Uniform u makes each of them uniform, and those of a sequence evenly spread."""
     return (u + GOLDEN * order) % 1
 
 
@@ -201,18 +205,18 @@ def subsample(alpha_bar, steps):
 
 
 def stratified(n, timesteps, order, rng=None):
-    """Indices (n, T) in 2 .. timesteps, one for each block in order (T,) or (n, T): those of a block come from the n equal parts of
-    the range, one each, in random order."""
+    """Indices (n, T) in 2 .. timesteps, one for each block in order (T,) or (n, T): those of a block come from the n
+    equal parts of the range, one each, in random order."""
     u = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng, dtype=torch.float64)) / n
     return 2 + (golden_offset(u[:, None], order) * (timesteps - 1)).long().clamp(max=timesteps - 2)
 
 
 def likelihood_bound(predict, E, idx, alpha_bar, t, rng=None):
-    """One draw of the bound for each token of idx (B, T) at indices t (B, T) in 2 .. timesteps: a Bound of (B, T). With a
-    single timestep there is no diffusion part, and t is not read.
+    """One draw of the bound for each token of idx (B, T) at indices t (B, T) in 2 .. timesteps: a Bound of (B, T). With
+    a single timestep there is no diffusion part, and t is not read.
 
-    `predict` is a callable (x_t, log_snr (B, T)) -> (x_0_hat (B, T, C), logits (B, T, V)), which may show each token those of
-    earlier blocks (the chain rule). Unbiased for uniform t that is equal within a block. The diffusion part is
+    `predict` is a callable (x_t, log_snr (B, T)) -> (x_0_hat (B, T, C), logits (B, T, V)), which may show each token
+    those of earlier blocks (the chain rule). Unbiased for uniform t that is equal within a block. The diffusion part is
     1/2 (snr_{t-1} - snr_t) |x_0 - x_0_hat|^2, timesteps - 1 times (Kingma et al. 2021, eq. 14), in float64.
     """
     x_0 = E[idx]

@@ -1,8 +1,9 @@
 """
 Tokens in, tokens out: a text is written block by block, each denoised beside the clean text that is there already.
 
-`generate` fills a Canvas: token ids, where they are known, and the prompt before them. A continuation knows its beginning, a text
-with blanks knows all but those; known tokens are simply earlier than all blocks. `bound` measures likelihood in the same order.
+`generate` fills a Canvas: token ids, which of them are known, and the prompt before them. A continuation knows its
+beginning, a text with blanks all but those; known tokens are simply earlier than all blocks. `bound` measures the
+likelihood of a text that is written in such blocks.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 import diffusion
 from configurator import UserError, in_range, one_of
+from data import Texts
 from diffusion import LATER, sample_constrained_ddim, sample_ddim, sample_ddpm
 from model import MAX_SCORES, Layout, LayerCache, neighbours
 
@@ -23,10 +25,10 @@ BEHIND = 24                             # known tokens behind such a blank, at m
 
 @dataclass(frozen=True)
 class Sampling:
-    block_length: int = 8            # tokens denoised together; 0 the whole window, 1 one by one (the autoregressive limit)
+    block_length: int = 8            # tokens denoised together; 0 the whole window, 1 the autoregressive limit
     strided: bool = False            # spread the tokens of a block evenly over the text, instead of taking neighbours
-    steps: int = 0                   # denoising steps of a block; 0: 16, 50 for the window, 1 for a single token, all for ddpm
-    sampler: str = "ddim"            # ddim, ddpm (all its noise, eta=1), constrained_ddim (as ddim, over the whole text)
+    steps: int = 0                   # denoising steps of a block; 0: 16, window 50, single token 1, ddpm all
+    sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim over the whole text, known parts held)
     eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.9         # of what the context says; below 1 is safer and duller
     guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
@@ -56,25 +58,23 @@ class Plan(NamedTuple):
 
 def plan(cfg, model_cfg, known):
     """The Plan of a text given where known (T,); UserError for more steps than the network has noise levels."""
-    order = diffusion.block_order(~known, cfg.block_length, cfg.strided)
-    if cfg.steps > model_cfg.timesteps:
-        raise UserError(f"steps={cfg.steps} is more than the {model_cfg.timesteps} noise levels of this network; use fewer")
-    if cfg.steps:
-        steps = cfg.steps
-    elif cfg.sampler == "ddpm":
+    order, steps = diffusion.block_order(~known, cfg.block_length, cfg.strided), cfg.steps
+    if steps > model_cfg.timesteps:
+        raise UserError(f"steps={steps} is more than the {model_cfg.timesteps} noise levels of this network; use fewer")
+    if steps == 0 and cfg.sampler == "ddpm":
         steps = model_cfg.timesteps
-    elif cfg.block_length == 1 and model_cfg.objective == "ce":
+    elif steps == 0 and cfg.block_length == 1 and model_cfg.objective == "ce":
         steps = 1                    # a single token is trained at pure noise
-    else:
-        steps = WINDOW_STEPS if cfg.block_length == 0 else BLOCK_STEPS
-    return Plan(order, len(order[~known].unique()), min(steps, model_cfg.timesteps))
+    elif steps == 0:
+        steps = min(WINDOW_STEPS if cfg.block_length == 0 else BLOCK_STEPS, model_cfg.timesteps)
+    return Plan(order, len(order[~known].unique()), steps)
 
 
 class Decoder:
     """Texts (B, T) that are written block by block by a network with a KV cache of their clean tokens, and guidance.
 
-    With guidance each text is in the batch twice: with the prompt and the tokens that begin the text, and without. The two hidden
-    states are combined before the head, which is linear (Ho & Salimans 2022, eq. 6).
+    With guidance each text is in the batch twice: with the prompt and the tokens that begin the text, and without. The
+    two hidden states are combined before the head, which is linear (Ho & Salimans 2022, eq. 6).
     """
 
     def __init__(self, model, canvas, cfg, order, rng, watch):
@@ -82,23 +82,25 @@ class Decoder:
         self.alpha_bar, self.vectors = model.alpha_bar(), model.embedding()
         self.E = self.vectors.to(model.dtype)                              # of the products
         self.tokens = canvas.idx.expand(len(rng), -1).clone()
-        self.new = canvas.known.nonzero().flatten()                        # positions of clean tokens that are not in the cache yet
+        self.new = canvas.known.nonzero().flatten()                        # clean tokens that are not in the cache yet
+        self.cached = self.new[:0]                                         # those that are, as they came
+        self.cache = [LayerCache(len(order)) for _ in model.layers]
         start = canvas.known.cummin(0).values & ~canvas.known.all()        # given, with nothing to write before it
         prompt = canvas.prompt.expand(len(rng), -1)
         self.rows = 2 if cfg.guidance_scale != 1 and (prompt.numel() or start.any()) else 1
         visible = torch.ones_like(prompt, dtype=torch.bool)
-        self.prompt = model.encode_prompt(prompt.repeat(self.rows, 1), torch.cat((visible, ~visible)[:self.rows]), self.E)
+        visible = torch.cat((visible, ~visible)[:self.rows])
+        self.prompt = model.encode_prompt(prompt.repeat(self.rows, 1), visible, self.E)
         orders = torch.stack((order, torch.where(start, LATER, order))[:self.rows])
         self.order = orders.repeat_interleave(len(rng), 0)                 # (rows * B, T)
         self.near = neighbours(self.order) <= self.order[..., None]
-        self.cache = [LayerCache(len(order)) for _ in model.layers]
-        self.cached = self.new[:0]                                         # positions of the tokens in the cache, as they came
 
     def hidden(self, x_t, log_snr, guess, pos):
-        """Hidden states (B, n, n_embd) of noisy tokens x_t (B, n, C) at pos (n,); new clean tokens go into the cache."""
+        """Hidden states (B, n, n_embd) of noisy tokens x_t (B, n, C) at pos (n,); new clean tokens go into the
+        cache."""
         clean, here = self.tokens[:, self.new], torch.cat((self.new, pos))
         seen = torch.cat((self.cached, here))
-        mask = self.order[:, None, seen] <= self.order[:, here, None]      # noisy tokens are of a later block than clean ones
+        mask = self.order[:, None, seen] <= self.order[:, here, None]      # noisy tokens are of a later block
         layout = Layout(len(self.new), here, mask[:, None], self.near[:, here], None)
         x = self.model.join(self.E[clean], x_t, log_snr, self.E, guess).repeat(self.rows, 1, 1)
         h = self.model(x, log_snr.repeat(self.rows, 1), layout, self.prompt, self.cache)
@@ -106,7 +108,7 @@ class Decoder:
         return h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
 
     def write_block(self, pos, steps):
-        """Denoise the tokens at pos (n,) in so many steps, in place. The last step draws them, the others look at the best ones."""
+        """Denoise the tokens at pos (n,) in place. The last step draws them, the others look at the best ones."""
         guess, calls = None, 0
 
         def denoise(x_t, t):
@@ -115,25 +117,22 @@ class Decoder:
             h = self.hidden(x_t, level, guess, pos)
             guess, logits = self.model.predict(h, x_t, level, self.E, self.cfg.temperature)
             calls += 1
-            self.tokens[:, pos] = diffusion.draw_tokens(logits, self.cfg.eta if calls == steps else 0, self.rng)
+            eta = self.cfg.eta if calls == steps else 0
+            self.tokens[:, pos] = diffusion.draw_tokens(logits, eta, self.rng)
             if self.watch:
                 self.watch(int(t[0]), self.tokens, pos, logits)
             return guess
-        self.sample(denoise, pos, steps)
-        self.new = pos
 
-    def sample(self, denoise, pos, steps):
-        """Run the sampler that cfg names on the tokens at pos (n,)."""
         x, rng, alpha_bar = self.vectors[self.tokens], self.rng, self.alpha_bar
-        if self.cfg.sampler == "constrained_ddim":                         # over the whole text, held where it is not written now
-            held = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            held[:, pos] = False
-            text = partial(denoise_part, denoise, pos)
-            return sample_constrained_ddim(text, diffusion.randn(x, rng), alpha_bar, x, held, steps, self.cfg.eta, rng)
-        x_T = diffusion.randn(x[:, pos], rng)
         if self.cfg.sampler == "ddpm":
-            return sample_ddpm(denoise, x_T, alpha_bar, steps, rng)
-        return sample_ddim(denoise, x_T, alpha_bar, steps, self.cfg.eta, rng)
+            sample_ddpm(denoise, diffusion.randn(x[:, pos], rng), alpha_bar, steps, rng)
+        elif self.cfg.sampler == "ddim":
+            sample_ddim(denoise, diffusion.randn(x[:, pos], rng), alpha_bar, steps, self.cfg.eta, rng)
+        else:
+            held = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device).index_fill(1, pos, False)
+            in_text = partial(denoise_part, denoise, pos)
+            sample_constrained_ddim(in_text, diffusion.randn(x, rng), alpha_bar, x, held, steps, self.cfg.eta, rng)
+        self.new = pos
 
 
 def denoise_part(denoise, pos, x_t, t):
@@ -145,8 +144,8 @@ def denoise_part(denoise, pos, x_t, t):
 def generate(model, canvas, cfg, rng, watch=None, eot=None):
     """Token ids (B, T): those of the canvas where known, the others written block by block as cfg, a Sampling, says.
 
-    rng is a list of a Generator for each of B rows, so that a text does not depend on its batch. watch(t, tokens, pos, logits), if
-    given, sees the text after each step. With `eot`, writing ends with the block in which the last text has got this token.
+    rng is a list of a Generator for each of B rows, so that a text does not depend on its batch. watch(t, tokens, pos,
+    logits) sees the text after each step. With `eot`, writing ends once each text has got this token.
     """
     device = model.wte.device
     canvas = Canvas(*(part.to(device) for part in canvas))
@@ -169,24 +168,22 @@ def generators(device, seed, numbers):
     return [diffusion.generator(device, seed, number) for number in numbers]
 
 
-# ---- prompts ----
-
 def prompt_canvas(ids, seq_len, model_cfg):
-    """The Canvas of a text of seq_len tokens (0: all that the window leaves) after the prompt `ids`: its last tokens stand in the
-    window, up to half of it, and what is before them is read by cross-attention. UserError if there is no room."""
+    """The Canvas of a text of seq_len tokens (0: all that the window leaves) after the prompt `ids`: its last tokens
+    stand in the window, up to half of it, and cross-attention reads those before. UserError if there is no room."""
     T = model_cfg.block_size
     n = min(len(ids), T // 2, max(0, T - seq_len))
     before, given = ids[:len(ids) - n], ids[len(ids) - n:]
     idx = torch.tensor(given + [0] * (seq_len or T - n), dtype=torch.int64)
     if len(idx) > T:
-        raise UserError(f"seq_len={seq_len} tokens are more than the {T} that this network was trained at (block_size); write fewer")
+        raise UserError(f"seq_len={seq_len} is more than the {T} tokens of this network's window; write fewer")
     if len(before) > model_cfg.prompt_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, more than the {model_cfg.prompt_size + n} that this network reads beside "
-                        "what it is to write (prompt_size, block_size); shorten it")
+        raise UserError(f"the prompt has {len(ids)} tokens, more than the {model_cfg.prompt_size + n} that this "
+                        "network reads beside what it is to write; shorten it")
     return Canvas(idx, torch.arange(len(idx)) < n, torch.tensor(before, dtype=torch.int64))
 
 
-# ---- blanks: a text in pieces, lists of known ids and the lengths of blanks, 0 for an open one ----
+# ---- blanks: a text in pieces, which are lists of known ids and lengths of blanks, 0 for an open one ----
 
 def to_canvas(pieces):
     """Token ids (T,) and where they are known (T,); blanks hold id 0, open ones half of what they may hold."""
@@ -200,12 +197,11 @@ def to_canvas(pieces):
 
 
 def window_around(known, at, size):
-    """(start, stop) of the at most `size` tokens in whose middle the blank that begins at `at` stands, in a text given where
-    known (T,); of a blank too long for that the first half of `size`. No other blank is cut."""
+    """(start, stop) of the at most `size` tokens in whose middle the blank that begins at `at` stands, in a text given
+    where known (T,); of a blank too long for that the first half of `size`. No other blank is cut."""
     if len(known) <= size:
         return 0, len(known)
-    end = at + int((known[at:].cumsum(0) == 0).sum())
-    end = min(end, at + size // 2)
+    end = min(at + int((known[at:].cumsum(0) == 0).sum()), at + size // 2)
     start = max(0, min(at - (size - end + at) // 2, len(known) - size))
     stop = start + size
     while 0 < start < at and not (known[start] or known[start - 1]):
@@ -216,16 +212,16 @@ def window_around(known, at, size):
 
 
 def infill_canvas(idx, known, at, model_cfg):
-    """(start, the Canvas) of the window around the blank at `at` in texts idx (B, T); before it stand known tokens only."""
+    """(start, Canvas) of the window around the blank at `at` in texts idx (B, T); before it stand known tokens only."""
     start, stop = window_around(known, at, model_cfg.block_size)
-    open_before = (~known[:start]).nonzero().flatten().tolist()
-    first = max(0, start - model_cfg.prompt_size, *(place + 1 for place in open_before[-1:]))
+    blanks = (~known[:start]).nonzero().flatten().tolist()
+    first = max(0, start - model_cfg.prompt_size, blanks[-1] + 1 if blanks else 0)
     return start, Canvas(idx[:, start:stop], known[start:stop], idx[:, first:start])
 
 
 def fill(model, pieces, cfg, rng, watch=None):
-    """Texts (lists of token ids) whose blanks, of given lengths, are filled; rng has a function that returns each one's Generator.
-    A text longer than a window is filled from left to right, window by window."""
+    """Texts (lists of token ids) whose blanks, of given lengths, are filled, window by window; rng has for each text a
+    function that makes its Generator."""
     idx, known = to_canvas(pieces)
     texts = idx.repeat(len(rng), 1)
     while not known.all():
@@ -238,22 +234,9 @@ def fill(model, pieces, cfg, rng, watch=None):
     return texts.tolist()
 
 
-@torch.no_grad()
-def nll_left_to_right(model, tokens, prompt):
-    """-log p of tokens (B, T) in nats, each given those before it and a prompt (B, P): one by one, from noise that says nothing."""
-    E, alpha_bar, top = model.embedding(), model.alpha_bar(), torch.full_like(tokens, model.cfg.timesteps)
-    order, visible = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens), torch.ones_like(prompt, dtype=torch.bool)
-    x_T = diffusion.randn(E[tokens], diffusion.generator(tokens.device, "nats"))
-    level = diffusion.log_snr(top, alpha_bar)
-    with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
-        h = model.denoise(E[tokens], x_T, level, order, model.encode_prompt(prompt, visible, E), E)
-        _, logits = model.predict(h, x_T, level, E)
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-
-
 def length_cost(model, pieces, i, n, cfg, rng):
-    """What a fill of n tokens costs in piece i, an open blank, in nats a token: the cost of the text *behind* the blank, up to the
-    next one. That is the same text for every n, so no normalisation (bench/LOG.md). With nothing behind it, the fill's own."""
+    """Nats a token of the text *behind* piece i, an open blank, once it is filled with n tokens: the same text for
+    every n, so no normalisation (bench/LOG.md). With nothing behind it, of the fill itself."""
     idx, known = to_canvas([*pieces[:i], n, *pieces[i + 1:]])
     at = len(to_canvas(pieces[:i])[0])
     start, canvas = infill_canvas(idx[None], known, at, model.cfg)
@@ -264,23 +247,17 @@ def length_cost(model, pieces, i, n, cfg, rng):
     return (behind if len(behind) else costs[at:at + n]).mean().item()
 
 
-def best_length(model, pieces, i, cfg, rng):
-    """The number of tokens for piece i, an open blank, after which the text behind it is likeliest."""
-    longest = min(LONGEST, model.cfg.block_size // 2)
-    return min(range(1, longest + 1), key=lambda n: length_cost(model, pieces, i, n, cfg, rng))
-
-
 def infill(model, pieces, cfg, rng, watch=None):
-    """As `fill`, of a text that may have open blanks: from left to right each takes the best length, in each sample."""
-    cfg = replace(cfg, guidance_scale=1.0)
+    """As `fill`, of a text that may have open blanks: from left to right each takes the length that costs least."""
+    cfg, texts = replace(cfg, guidance_scale=1.0), []
     if 0 not in pieces:
         return fill(model, pieces, cfg, rng, watch)
-    texts = []
-    for make in rng:
+    lengths = range(1, min(LONGEST, model.cfg.block_size // 2) + 1)
+    for number, make in enumerate(rng):
         chosen = list(pieces)
         for i in [i for i, piece in enumerate(pieces) if piece == 0]:
-            chosen[i] = best_length(model, chosen, i, cfg, make)
-        texts += fill(model, chosen, cfg, [make], watch if make is rng[0] else None)
+            chosen[i] = min(lengths, key=partial(length_cost, model, list(chosen), i, cfg=cfg, rng=make))
+        texts += fill(model, chosen, cfg, [make], watch if number == 0 else None)
     return texts
 
 
@@ -289,7 +266,7 @@ def infill(model, pieces, cfg, rng, watch=None):
 class Scorer:
     """The network on Texts whose tokens that count are written in blocks of so many tokens."""
 
-    def __init__(self, model, texts, block_length, strided):
+    def __init__(self, model, texts, block_length, strided=False):
         self.model, self.texts, self.E = model, texts, model.embedding()
         order, before = diffusion.block_order(texts.loss_mask, block_length, strided), texts.loss_mask.cumsum(1) == 0
         self.order = torch.where(texts.loss_mask, order, torch.where(before, -1, LATER))
@@ -297,10 +274,9 @@ class Scorer:
 
     def predict(self, rows, two_passes, x_t, log_snr):
         """(x_0_hat, logits) of the texts in rows, of a second pass if there are two (self-conditioning)."""
-        texts, E = self.texts, self.E
+        texts, E, guess = self.texts, self.E, None
         x_0, order = E[texts.idx[rows]], None if self.one_block else self.order[rows]
         prompt = self.model.encode_prompt(texts.prompt[rows], texts.prompt_mask[rows], E)
-        guess = None
         for _ in range(1 + two_passes):
             h = self.model.denoise(x_0, x_t, log_snr, order, prompt, E, guess)
             guess, logits = self.model.predict(h, x_t, log_snr, E)
@@ -308,9 +284,20 @@ class Scorer:
 
 
 @torch.no_grad()
+def nll_left_to_right(model, tokens, prompt):
+    """-log p of tokens (B, T) in nats, each given those before it and a prompt (B, P), from noise that says nothing."""
+    scorer = Scorer(model, Texts(tokens, prompt, torch.ones_like(prompt) > 0, torch.ones_like(tokens) > 0), 1)
+    x_T = diffusion.randn(scorer.E[tokens], diffusion.generator(tokens.device, "nats"))
+    level = diffusion.log_snr(torch.full_like(tokens, model.cfg.timesteps), model.alpha_bar())
+    with torch.autocast(tokens.device.type, model.dtype, enabled=model.dtype != torch.float32):
+        _, logits = scorer.predict(slice(None), False, x_T, level)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+
+@torch.no_grad()
 def bound(model, texts, batch_size, block_length, strided=False, steps=0):
-    """An upper bound on -log p of the tokens of Texts that count, in nats a token, if they are written in such blocks, in so many
-    steps each (0: all noise levels; a single token in one): a dict of its parts, `bound` and `bound_error`, its standard error.
+    """An upper bound on -log p of the tokens of Texts that count, in nats a token, written in such blocks in so many
+    steps each (0: all noise levels; a single token in one): its parts, `bound` and `bound_error`, the standard error.
 
     The noise is fixed, a block of a text stands at one level, and the size of a batch changes nothing.
     """
@@ -328,6 +315,6 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     parts = [torch.where(mask, torch.cat(part), 0).sum(1) for part in zip(*draws, strict=True)]
     total, tokens = sum(parts), mask.sum(1)                                                     # of each text
     mean = total.sum() / tokens.sum()
-    error = (total - mean * tokens).std(correction=1) * len(total) ** 0.5 / tokens.sum()        # of a ratio of two sums
+    error = (total - mean * tokens).std(correction=1) * len(total) ** 0.5 / tokens.sum()        # of a ratio of sums
     row = {name: (part.sum() / tokens.sum()).item() for name, part in zip(diffusion.Bound._fields, parts, strict=True)}
     return {**row, "bound": mean.item(), "bound_error": error.item()}

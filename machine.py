@@ -87,8 +87,8 @@ def choose_machine(cfg):
     compiled = on_gpu and bool(compiler) if cfg.compile == "auto" else cfg.compile == "true"
     if compiled and not compiler:
         raise UserError("compile=true, but there is no C++ compiler (gcc, g++); install one or use --compile=false")
-    print(f"device {device}, products in {str(dtype)[6:]}, {'compiled' if compiled else 'not compiled'}"
-          + (", compile=true would be faster after a minute" if compiler and not compiled and cfg.compile == "auto" else ""))
+    hint = " (true takes a minute, then is faster)" if compiler and not compiled and cfg.compile == "auto" else ""
+    print(f"device {device}, products in {str(dtype)[6:]}, compile {str(compiled).lower()}{hint}")
     return Machine(device, dtype, compiled)
 
 
@@ -153,7 +153,8 @@ def catch_signals():
     def note(number, frame):
         signal.signal(number, signal.SIG_DFL)
         caught.append(number)
-        print(f"{signal.Signals(number).name}: finishing the step, then saving; again to leave at once", file=sys.stderr)
+        name = signal.Signals(number).name
+        print(f"{name}: finishing the step, then saving; again to leave at once", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note)
     return caught
@@ -181,8 +182,9 @@ def peak_gb(device):
 
 
 def keep_memory():
-    """Let glibc reuse the memory of large tensors, in huge pages: returning it to the kernel and faulting it in again took
-    half of a training step on a CPU (bench/LOG.md). To be called before the first tensor; elsewhere it does nothing."""
+    """Let glibc reuse the memory of large tensors, in huge pages: returning it to the kernel and faulting it in again
+    took half of a training step on a CPU (bench/LOG.md). To be called before the first tensor; elsewhere it does
+    nothing."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")       # torch then aligns large tensors to huge pages
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):

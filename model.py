@@ -1,15 +1,14 @@
 """
 The network of SunFish: a bidirectional pre-norm transformer over token vectors, some clean and some noisy.
 
-A text is written in blocks of tokens. A noisy token sees the noisy tokens of its own block and the clean tokens of all earlier
-blocks (block diffusion, Arriola et al. 2025), so both stand side by side in one sequence: in training all T clean tokens, then all
-T noisy ones; in generation the clean tokens decided last, then those that are being denoised, after a KV cache.
+A text is written in blocks of tokens. A noisy token sees the noisy tokens of its own block and the clean ones of all
+earlier blocks (block diffusion, Arriola et al. 2025), so both stand in one sequence: in training T clean tokens, then T
+noisy ones; in generation the clean tokens decided last, then those that are being denoised, after a KV cache.
 
-Two things set it apart from other transformers:
-- it reads of a noisy token the posterior mean E[x_0 | x_t], the best guess from this token's noise alone, so that a token drowned
-  in noise looks blank instead of loud;
-- its scores are the sum of what the context says and, exactly, of what the noisy vector says (the output prior of Plaid, Gulrajani &
-  Hashimoto 2023). At initialisation the context says nothing, and the network already is the context-free posterior.
+- The network reads of a noisy token the posterior mean E[x_0 | x_t], the best guess from this token's noise alone: a
+  token drowned in noise looks blank instead of loud.
+- Its scores are the sum of what the context says and, exactly, of what the noisy vector says (the output prior of
+  Plaid, Gulrajani & Hashimoto 2023). At initialisation the context says nothing.
 """
 import math
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import diffusion
 from configurator import UserError, in_range, one_of
 from diffusion import CLEAN, LATER, NOISY
 
-GAIN = 4                      # scale of the head's input; acts as the head's learning rate. 3 and 10 were equal, 1 was 0.15 nats worse
+GAIN = 4                      # scale of the head's input, acts as its learning rate; 1 was 0.15 nats worse
 GPT2_DIM = 768                # width of GPT-2's token vectors
 KERNEL = 7                    # tokens that the convolution mixes, three on either side
 HALF = KERNEL // 2
@@ -41,7 +40,7 @@ class ModelConfig:
     prompt_size: int = 64            # most tokens of prompt that cross-attention sees
     cross_every: int = 1             # cross-attention to the prompt in every n-th layer
     objective: str = "ce"            # ce: cross-entropy of the token; eps: squared error of the noise
-    prompt_table: str = "learned"    # vectors of the prompt's tokens: learned, those that are diffused; gpt2, GPT-2's own, frozen
+    prompt_table: str = "learned"    # the prompt's vectors: learned, those that are diffused; gpt2: GPT-2's own, frozen
     schedule: str = "gumbel"         # noise schedule: gumbel (fitted while training), linear, cosine
     timesteps: int = 1000            # noise levels in the schedule
     beta_start: float = 1e-4         # first beta of schedule=linear at 1000 timesteps
@@ -59,8 +58,8 @@ class ModelConfig:
             near = max(1, round(self.n_embd / (2 * self.n_head))) * 2 * self.n_head
             raise UserError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head}; try {near}")
         if self.cross_every > self.n_layer:
-            raise UserError(f"cross_every={self.cross_every} is more than n_layer={self.n_layer}: no layer would see the prompt; "
-                            f"try {self.n_layer}")
+            raise UserError(f"cross_every={self.cross_every} is more than n_layer={self.n_layer}, so no layer would "
+                            f"see the prompt; try {self.n_layer}")
         if self.beta_start > self.beta_end:
             raise UserError(f"beta_start={self.beta_start} is more than beta_end={self.beta_end}; try 1e-4 and 0.02")
 
@@ -68,8 +67,8 @@ class ModelConfig:
 # ---- who sees whom ----
 
 class Layout(NamedTuple):
-    """Where the N tokens of a sequence stand in the text, and whom they see. The first num_clean are clean, the others noisy."""
-    num_clean: int
+    """Where the N tokens of a sequence stand in the text, and whom they see."""
+    num_clean: int                 # the first of the N tokens are clean, the others noisy
     pos: torch.Tensor              # (N,) int64 positions
     mask: torch.Tensor | None      # (B, 1, N, M) True where attention sees one of M keys; None: all
     near: torch.Tensor | None      # (B, n, KERNEL) True where the convolution sees a neighbour; None: all
@@ -97,7 +96,7 @@ def neighbours(order):
 
 
 def training_layout(order, T):
-    """The Layout of a training sequence: T clean and T noisy tokens; with order None one block of T noisy ones, all visible."""
+    """The Layout of T clean and T noisy tokens, or, with order None, of one block of T noisy ones."""
     if order is None:
         return Layout(0, torch.arange(T), None, None, None)
     around, own = neighbours(order), order[..., None]
@@ -106,15 +105,15 @@ def training_layout(order, T):
 
 
 class LayerCache:
-    """What one layer keeps of the clean tokens of a text of `size` tokens: keys, values, the input of its convolution, and the
-    prompt's keys and values. The noisy tokens of a pass stand behind the clean ones until the next pass overwrites them."""
+    """What a layer keeps of the clean tokens of a text of `size` tokens, and of the prompt: keys and values, and the
+    convolution's input. The noisy tokens of a pass stand behind the clean ones until the next pass overwrites them."""
 
     def __init__(self, size):
         self.size, self.length = size, 0
         self.k = self.v = self.local = self.prompt = None
 
     def append(self, k, v, num_clean):
-        """Keys and values (B, H, length + N, D) of all clean tokens so far and of N new ones, of which num_clean are kept."""
+        """Keys and values (B, H, length + N, D) of the tokens so far and N new ones, of which num_clean are kept."""
         if self.k is None:
             B, H, _, D = k.shape
             self.k, self.v = (x.new_zeros(B, H, self.size, D) for x in (k, v))
@@ -125,7 +124,7 @@ class LayerCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def write(self, local, pos):
-        """The convolution's inputs by position (B, HALF + size + HALF, n_embd), with those of N tokens (B, N, n_embd) put in."""
+        """The convolution's input by position (B, HALF + size + HALF, n_embd), with N tokens (B, N, n_embd) put in."""
         if self.local is None:
             self.local = local.new_zeros(len(local), self.size + 2 * HALF, local.size(-1))
         return self.local.index_copy_(1, pos + HALF, local)
@@ -153,8 +152,8 @@ def additive(mask, dtype):
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D) + mask) v of (B, H, N, D). For bfloat16 on a CPU torch's kernel takes two to four times as long as
-    plain products (bench/LOG.md)."""
+    """softmax(q k^T / sqrt(D) + mask) v of (B, H, N, D). On a CPU torch's kernel for bfloat16 takes two to four times
+    as long as plain products (bench/LOG.md)."""
     if v.device.type != "cpu" or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
@@ -179,8 +178,8 @@ class Attention(nn.Module):
         return rotate(norm(k), pos).to(v.dtype), v
 
     def forward(self, x, pos, k, v, mask=None, num_clean=0):
-        """(B, N, n_embd). The first num_clean of N + M queries see the first num_clean keys only: the others' scores, which the
-        mask would hide, are not even computed."""
+        """(B, N, n_embd). The first num_clean queries see no keys but the first num_clean: the scores that the mask
+        would hide are not computed."""
         q, m = rotate(norm(self.heads(self.q(x))), pos).to(v.dtype), num_clean
         if m == 0:
             y = attention(q, k, v, mask)
@@ -191,7 +190,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Convolution, self-attention, cross-attention to the prompt, MLP; the noise level enters by adaLN (Peebles & Xie 2023)."""
+    """Convolution, self-attention, cross-attention to the prompt, MLP; the noise level enters by adaLN (Peebles & Xie
+    2023)."""
 
     def __init__(self, cfg, cross):
         super().__init__()
@@ -205,7 +205,7 @@ class Layer(nn.Module):
         self.offset = nn.Parameter(torch.zeros(6 * d))                     # this layer's own part of the modulation
 
     def conv(self, x, layout, cache):
-        """A depthwise convolution of each token's neighbours in the text, of those that it may see: (B, N, n_embd)."""
+        """A depthwise convolution of each token's neighbours in the text that it may see: (B, N, n_embd)."""
         if cache is not None:
             by_position = cache.write(x, layout.pos)
             return self.weigh([by_position[:, layout.pos + i] for i in range(KERNEL)], layout.near)
@@ -233,17 +233,18 @@ class Layer(nn.Module):
         k, v = self.attn.keys_values(y, pos)
         if cache is not None:
             k, v = cache.append(k, v, m)
-        if is_last and m:
+        if is_last and m:                                                  # nobody reads its clean tokens
             x, y, gate1, scale2, shift2, gate2 = (part[:, m:] for part in (x, y, gate1, scale2, shift2, gate2))
             pos, mask, m = pos[m:], mask[:, :, m:], 0
         x = x + gate1 * self.attn(y, pos, k, v, mask, m if cache is None else 0)
         if self.cross is not None:
-            x = x + self.cross_gate * self.cross(norm(x), pos, *self.prompt_keys(prompt, cache), prompt.mask)
+            k, v = self.prompt_keys(prompt, cache)
+            x = x + self.cross_gate * self.cross(norm(x), pos, k, v, prompt.mask)
         y = norm(x) * (1 + scale2) + shift2
         return x + gate2 * self.down(F.gelu(self.up(y)))
 
     def prompt_keys(self, prompt, cache):
-        """Keys and values of the prompt, made once for a text."""
+        """Keys and values of the prompt, computed once for a text."""
         if cache is None:
             return self.cross.keys_values(prompt.context, prompt.pos)
         if cache.prompt is None:
@@ -252,10 +253,10 @@ class Layer(nn.Module):
 
 
 class SunFish(nn.Module):
-    """Vectors of N tokens, m clean and then n noisy, in; hidden states (B, n, n_embd) of the noisy ones out.
+    """Vectors of m clean and then n noisy tokens in; hidden states (B, n, n_embd) of the noisy ones out.
 
-    V is vocab_size padded to a multiple of 64. log_unigram (vocab_size,) holds the log frequencies of the training text; the
-    default is uniform.
+    V is vocab_size padded to a multiple of 64. log_unigram (vocab_size,) holds the log frequencies of the training
+    text, uniform by default.
     """
 
     def __init__(self, cfg, vocab_size, log_unigram=None):
@@ -263,7 +264,7 @@ class SunFish(nn.Module):
         C, d, V = cfg.token_dim, cfg.n_embd, -(-vocab_size // 64) * 64
         self.cfg, self.vocab_size = cfg, vocab_size
         self.dtype = torch.float32                                         # of the products, in generation
-        self.cross_entropy = cross_entropy
+        self.cross_entropy = cross_entropy                                 # may be compiled
         self.wte = nn.Parameter(torch.randn(V, C))
         self.register_buffer("log_unigram", torch.full((V,), NEG))
         self.log_unigram[:vocab_size] = -math.log(vocab_size) if log_unigram is None else log_unigram
@@ -324,14 +325,15 @@ class SunFish(nn.Module):
     def evidence(self, x_t, log_snr):
         """(a / s^2) x_t, whose product with a token's vector is log p(x_t | token) up to a constant: (..., C)."""
         snr = (-self.noise_level(log_snr) - math.log(self.cfg.token_dim)).exp()
-        return (snr * (1 + snr)).sqrt()[..., None] * x_t.detach()          # a / s^2 = sqrt(snr) / s, and 1 / s^2 = 1 + snr
+        return (snr * (1 + snr)).sqrt()[..., None] * x_t.detach()          # a / s^2 = sqrt(snr) / s; 1 / s^2 = 1 + snr
 
     @torch.no_grad()
     def posterior_mean(self, x_t, log_snr, E):
         """E[x_0 | x_t] of each token by itself (B, n, C), which the network reads; for objective eps x_t itself."""
         if self.cfg.objective == "eps":
             return x_t
-        return in_chunks(lambda z: F.linear(z, E, self.log_unigram).softmax(-1) @ E, len(E), self.evidence(x_t, log_snr))
+        z = self.evidence(x_t, log_snr)
+        return in_chunks(lambda rows: F.linear(rows, E, self.log_unigram).softmax(-1) @ E, len(E), z)
 
     def modulation(self, log_snr):
         """Scales, shifts and gates of the layers (B, n, 6 n_embd) at noise levels log_snr (B, n)."""
@@ -349,29 +351,30 @@ class SunFish(nn.Module):
         return Prompt(context, pos, F.pad(visible, (1, 0), value=True)[:, None, None])
 
     def forward(self, x, log_snr, layout, prompt, cache=None):
-        """x (B, m + n, 2C) as `join` makes it, at noise levels log_snr (B, n), -> hidden states (B, n, n_embd). cache, if there is
-        one, is a LayerCache for each layer, which the clean tokens are added to."""
+        """x (B, m + n, 2C) as `join` makes it, at noise levels log_snr (B, n), -> hidden states (B, n, n_embd). The
+        clean tokens are added to the cache, a list of LayerCaches, if there is one."""
         x = self.in_proj(x)
-        mask, seen = additive(layout.mask, x.dtype), additive(prompt.mask, x.dtype)
-        layout, prompt, x = layout._replace(mask=mask, pos=layout.pos.to(x.device)), prompt._replace(mask=seen), x.float()
+        layout = layout._replace(mask=additive(layout.mask, x.dtype), pos=layout.pos.to(x.device))
+        prompt, x = prompt._replace(mask=additive(prompt.mask, x.dtype)), x.float()
         modulation = self.modulation(log_snr).to(x.dtype)                              # (B, n, 6 n_embd)
         if layout.num_clean:
             clean = self.modulation(torch.full_like(log_snr[:1, :1], math.inf)).to(x.dtype)
             modulation = torch.cat((clean.expand(len(x), layout.num_clean, -1), modulation), 1)
         for i, layer in enumerate(self.layers):
-            x = layer(x, modulation, layout, prompt, cache and cache[i], i == len(self.layers) - 1)
+            is_last = i == len(self.layers) - 1
+            x = layer(x, modulation, layout, prompt, cache and cache[i], is_last)
         return norm(x)
 
     def join(self, x_0, x_t, log_snr, E, guess=None):
-        """Clean vectors x_0 (B, m, C) and noisy ones x_t (B, n, C) as one sequence (B, m + n, 2C): of the noisy ones the posterior
-        mean and the last guess of x_0 (B, n, C), if there is one (self-conditioning, Chen et al. 2022)."""
+        """Clean vectors x_0 (B, m, C) and noisy ones x_t (B, n, C) as one sequence (B, m + n, 2C): of the noisy ones
+        the posterior mean and the last guess of x_0 (B, n, C), if any (self-conditioning, Chen et al. 2022)."""
         mean, C = self.posterior_mean(x_t, log_snr, E), self.cfg.token_dim
         noisy = F.pad(mean, (0, C)) if guess is None else torch.cat((mean, guess), -1)
         return torch.cat((F.pad(x_0, (0, C)), noisy), 1)
 
     def denoise(self, x_0, x_t, log_snr, order, prompt, E, guess=None):
-        """Hidden states (B, T, n_embd) of the noisy tokens x_t (B, T, C) of a training batch beside its clean ones x_0 (B, T, C),
-        written in the order (B, T), or all at once with order None."""
+        """Hidden states (B, T, n_embd) of noisy tokens x_t (B, T, C) beside the clean ones x_0 (B, T, C), written in
+        the order (B, T), or all at once with order None."""
         x_0 = x_0[:, :0] if order is None else x_0
         x = self.join(x_0, x_t, log_snr, E, guess)
         return self(x, log_snr, training_layout(order, x_t.size(1)), prompt)
@@ -389,8 +392,8 @@ class SunFish(nn.Module):
         return self.head(GAIN * h).float()
 
     def predict(self, h, x_t, log_snr, E, temperature=1.0):
-        """(x_0_hat (..., C), logits (..., V)): the mean of the token vectors under softmax(logits); for objective eps x_0 from the
-        predicted noise (Ho et al. 2020, eq. 15), with logits by distance."""
+        """(x_0_hat (..., C), logits (..., V)): the mean of the token vectors under softmax(logits); for objective eps
+        x_0 from the predicted noise (Ho et al. 2020, eq. 15), with logits by distance."""
         if self.cfg.objective != "eps":
             logits = self.logits(h, x_t, log_snr, E, temperature)
             return logits.softmax(-1) @ E, logits
@@ -405,8 +408,8 @@ class SunFish(nn.Module):
         return in_chunks(lambda *rows: self.predict(*rows, E)[0], len(E), h, x_t, log_snr)
 
     def nll(self, h, x_t, log_snr, idx, loss_mask, E):
-        """-log p of tokens idx (B, T) in nats: the sum over loss_mask (B, T), with gradients, and all (B, T), without."""
-        features = torch.cat((GAIN * h, self.evidence(x_t, log_snr)), -1)              # one product for both parts of the scores
+        """-log p of tokens idx (B, T) in nats: the sum over loss_mask (B, T), and all (B, T) without gradients."""
+        features = torch.cat((GAIN * h, self.evidence(x_t, log_snr)), -1)              # one product for both parts
         weight = torch.cat((self.head.weight, E), 1)
         if torch.is_autocast_enabled(E.device.type):
             weight = weight.to(torch.get_autocast_dtype(E.device.type))
@@ -431,7 +434,7 @@ def in_chunks(f, width, *inputs):
 
 
 def cross_entropy(weight, bias, features, idx, loss_mask):
-    """-log p (M,) of tokens idx (M,) under F.linear(features, weight, bias), and its masked sum's gradient for the scores (M, V)."""
+    """-log p (M,) of tokens idx (M,) under F.linear(features, weight, bias), and its masked sum's gradient (M, V)."""
     log_p = F.linear(features, weight, bias).float().log_softmax(-1)
     nll = -log_p.gather(-1, idx[:, None])[:, 0]
     grad = log_p.exp_().scatter_add_(-1, idx[:, None], -torch.ones_like(nll)[:, None])
@@ -439,9 +442,9 @@ def cross_entropy(weight, bias, features, idx, loss_mask):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(sum over loss_mask, all) of the cross-entropies of a linear layer, chunk by chunk. The gradients are made with the scores,
-    which are then dropped (as in Liger Kernel, Hsu et al. 2024). torch's own linear_cross_entropy (2.13) makes the scores twice where
-    each token's loss is asked for."""
+    """(sum over loss_mask, all) of the cross-entropies of a linear layer, chunk by chunk. Gradients are computed with
+    the scores, which are then dropped (as in Liger Kernel, Hsu et al. 2024). torch's linear_cross_entropy (2.13)
+    computes the scores twice where each token's loss is wanted."""
 
     @staticmethod
     def forward(ctx, cross_entropy, weight, bias, features, idx, loss_mask):
@@ -481,7 +484,7 @@ class LoRA(nn.Linear):
 
 
 def add_lora(model, rank, alpha):
-    """Freeze a network and give each linear layer of its transformer an adapter that begins at zero: alpha / rank * B A."""
+    """Freeze a network and give the linear layers of its transformer adapters that begin at zero."""
     model.requires_grad_(False)
     for layer in [module for module in model.layers.modules() if type(module) is nn.Linear]:
         layer.__class__, layer.scale = LoRA, alpha / rank
@@ -499,7 +502,7 @@ def merge_lora(model):
 
 
 class Int8(nn.Module):
-    """A linear layer with its weight (out, in) as int8, and a scale for each row: the largest magnitude is 127 of it."""
+    """A linear layer with its weight (out, in) in int8, and a scale for each row: its largest magnitude is 127."""
 
     def __init__(self, layer, dtype):
         super().__init__()
@@ -519,7 +522,7 @@ class Int8(nn.Module):
 
 
 def quantize(model, dtype):
-    """Make the weights of a network's linear layers int8, in place; token vectors, norms and the products stay as they are."""
+    """Make the weights of a network's linear layers int8, in place; token vectors and norms stay as they are."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             model.set_submodule(name, Int8(layer, dtype))

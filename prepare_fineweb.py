@@ -6,9 +6,10 @@ Turn text into shards of tokens, once: FineWeb by streaming, your own files, or 
     python prepare_fineweb.py --source=pydoc                    # English out of Python's own documentation, offline
     python prepare_fineweb.py --subset=default --part=0/64      # the first of 64 processes or machines
 
-data.py describes the shards. An end-of-text token stands before each document. Records with instruction, optional input,
-and output (or prompt and response) are examples: end of text opens the instruction and closes the response. meta.json
-(meta_p000.json for part 0) is replaced after each training shard; a killed run goes on from it, with the same result.
+data.py describes the shards. An end-of-text token stands before each document. Records with instruction, optional
+input, and output (or prompt and response) are examples: end of text opens the instruction and closes the response.
+meta.json (meta_p000.json for part 0) is replaced after each training shard. A killed run goes on from it, and its
+result is the same.
 """
 import ast
 import base64
@@ -46,7 +47,7 @@ HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb
 @dataclass(frozen=True)
 class Config:
     source: str = "fineweb"          # fineweb, fineweb-edu, pydoc, or a file, folder or glob
-    tokenizer: str = ""              # gpt2; corpus: trained on the text; a folder: that of its text; "": gpt2, corpus for pydoc
+    tokenizer: str = ""              # gpt2; corpus: trained on it; a folder: its tokenizer; "": gpt2, corpus for pydoc
     vocab_size: int = 4096           # ids of a corpus tokenizer
     max_tokens: str = "1B"           # training tokens at most, like 100M or 2B; 0: all
     part: str = "0/1"                # i/n: every n-th file, or document if files are few, from the i-th on

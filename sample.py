@@ -3,8 +3,8 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
 
     python sample.py --prompt "The list is sorted"
     python sample.py --num_samples=4 --seq_len=64 --block_length=16
-    python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."         # a blank of any length, one of 3 tokens
-    python sample.py --checkpoint=out/instruct --prompt "Name three colours."        # a network that was trained to answer
+    python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."   # any length; 3 tokens
+    python sample.py --checkpoint=out/instruct --prompt "Name three colours."          # trained to answer
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import checkpoint as ckpt
 from configurator import Fault, UserError, in_range, one_of, run
 from data import cut_at_eot, format_instruction, get_tokenizer
@@ -28,16 +26,32 @@ from machine import choose_device, choose_dtype, keep_memory
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 PAGE = Path(__file__).with_name("bench") / "page.html"
+CARD = """---
+license: other
+library_name: sunfish
+pipeline_tag: text-generation
+---
+# {name}
+
+A SunFish: a language model that writes by denoising in continuous embedding space. `--checkpoint=hf:USER/{name}`
+
+{facts}
+
+It knows what was in its training text, and no more; nothing was done to make it safe. Its weights may be used as that
+text may. Unedited, the first sample with seed {seed} after the prompt {prompt}:
+
+    {text}
+"""
 
 
 @dataclass(frozen=True)
 class Config(Sampling):
-    checkpoint: str = ""             # file, folder of a run, of adapters or an export, or hf:user/name; empty is the newest under out/
+    checkpoint: str = ""             # file, folder of a run, adapters or export, hf:user/name; "": the newest in out/
     mode: str = "generate"           # generate, or infill with --text
-    prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin, empty is none
-    text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits best) or [MASK:n] (n tokens); or @FILE, -
+    prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin
+    text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits) or [MASK:n] (n); @FILE, -
     num_samples: int = 1             # samples of each prompt or text
-    seq_len: int = 0                 # tokens to write; 0 is all that the block_size of the network leaves
+    seq_len: int = 0                 # tokens to write; 0 is all that the window of the network leaves
     batch_size: int = 8              # samples at a time; in float32 it does not change them
     seed: int = 1                    # same seed, same text
     device: str = "auto"             # auto, cpu, cuda
@@ -46,7 +60,7 @@ class Config(Sampling):
     json: bool = False               # one JSON object a sample
     show: bool = False               # watch the first sample of each batch being denoised
     html: str = ""                   # file for a page on which the first sample can be watched again
-    export: str = ""                 # folder to write the network to, for sharing, with a model card; nothing else is then written
+    export: str = ""                 # write the network to this folder, for sharing, and nothing else
 
     def check(self):
         super().check()
@@ -56,7 +70,7 @@ class Config(Sampling):
         one_of(self, "dtype", "auto", "float32", "bfloat16")
         one_of(self, "quantize", "none", "int8")
         if self.mode == "infill" and (self.prompt or self.seq_len):
-            raise UserError("mode=infill takes --text, and neither --prompt nor --seq_len; put the prompt into the text")
+            raise UserError("mode=infill takes --text, not --prompt or --seq_len; put the prompt into the text")
         if self.mode == "generate" and self.text:
             raise UserError("--text is for --mode=infill; use --prompt, or add --mode=infill")
         if self.export and (self.mode != "generate" or self.quantize != "none"):
@@ -92,17 +106,18 @@ def read_prompts(text):
 
 
 def read_blanks(text, encode):
-    """Text with [MASK] and [MASK:n] in pieces: lists of token ids, and the numbers n of blank tokens, 0 if that is open."""
-    odd = [found[0] for found in re.finditer(r"(?i)\[\s*mask[^\]]{0,20}\]", text) if not BLANK.fullmatch(found[0])]
-    if odd:
-        raise UserError(f"{odd[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
+    """Text with [MASK] and [MASK:n] in pieces: lists of token ids, and the numbers n of blank tokens, 0 if open."""
+    for found in re.finditer(r"(?i)\[\s*mask[^\]]{0,20}\]", text):
+        if not BLANK.fullmatch(found[0]):
+            raise UserError(f"{found[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
     if not BLANK.search(text):
-        raise UserError(f"--text={text!r} has no [MASK], in capitals, to fill; write for example \"The sky is [MASK:2] today.\"")
+        raise UserError(f"--text={text!r} has no [MASK], in capitals, to fill; write for example "
+                        '"The sky is [MASK:2] today."')
     pieces, end = [], 0
     for blank in BLANK.finditer(text):
         n = int(blank[1] or 0)
         if blank[1] and not 1 <= n <= 10_000:
-            raise UserError(f"{blank[0].strip()} is a blank of {n} tokens; write [MASK:1] or some more, or [MASK] for any length")
+            raise UserError(f"{blank[0].strip()} is a blank of {n} tokens; write [MASK:1] or some more, or [MASK]")
         pieces += [encode(text[end:blank.start()]), n]
         end = blank.end()
     return [*pieces, encode(text[end:])]
@@ -120,8 +135,8 @@ def encode_prompt(prompt, tokenizer, answers):
 # ---- output ----
 
 class Watch:
-    """What `generate` shows each step to: it counts them, redraws the first sample in the terminal, if asked, and keeps for a page
-    what each step decided of it: (t, positions, ids, probabilities)."""
+    """What `generate` shows each step to: it counts them, redraws the first sample in the terminal, if asked, and keeps
+    for a page what each step decided of it: (t, positions, ids, probabilities)."""
 
     def __init__(self, cfg, tokenizer, known, total):
         self.cfg, self.tokenizer, self.total = cfg, tokenizer, total
@@ -140,31 +155,33 @@ class Watch:
 
     def draw(self, t, ids):
         """The text so far in the terminal; tokens that are still noise are dots."""
-        text = ""
-        for is_written, run_of in itertools.groupby(zip(self.written.tolist(), ids, strict=True), key=lambda pair: pair[0]):
+        text, tokens = "", zip(self.written.tolist(), ids, strict=True)
+        for is_written, run_of in itertools.groupby(tokens, key=lambda pair: pair[0]):
             part = [i for _, i in run_of]
             text += self.tokenizer.decode(part) if is_written else "\u00b7" * len(part)
         clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
-        log(f"{clear}step {(self.calls - 1) % self.total + 1}/{self.total}, noise level {t}\n{' '.join(text.split())}")
+        step = (self.calls - 1) % self.total + 1
+        log(f"{clear}step {step}/{self.total}, noise level {t}\n{' '.join(text.split())}")
 
 
 def print_sample(cfg, prompt, number, text, answers):
     """One sample to stdout: as JSON, or as text with its prompt in front, if it is not an answer."""
     text = text.strip() if answers else text
     if cfg.json:
-        print(json.dumps(dict(prompt=prompt, text=text, seed=cfg.seed, number=number), ensure_ascii=False), flush=True)
-    else:
-        title = f"--- {number + 1} ---\n" if cfg.num_samples > 1 else ""
-        print(title + (text if answers else prompt + text), flush=True)
+        row = dict(prompt=prompt, text=text, seed=cfg.seed, number=number)
+        return print(json.dumps(row, ensure_ascii=False), flush=True)
+    title = f"--- {number + 1} ---\n" if cfg.num_samples > 1 else ""
+    print(title + (text if answers else prompt + text), flush=True)
 
 
 def save_page(path, alpha_bar, tokenizer, ids, frames):
-    """Write a page on which a reader can go through the steps in which the tokens `ids` were written, in any browser."""
+    """Write a page on which a reader can go through the steps in which the tokens `ids` were written."""
     written = {place for _, pos, _, _ in frames for place in pos}
     tokens = [None if place in written else tokenizer.decode([i]) for place, i in enumerate(ids)]
     steps = []
-    for t, pos, now, sure in frames:
-        words = [[place, tokenizer.decode([i]), round(p, 3)] for place, i, p in zip(pos, now, sure, strict=True) if place < len(ids)]
+    for t, *columns in frames:
+        rows = [row for row in zip(*columns, strict=True) if row[0] < len(ids)]
+        words = [[place, tokenizer.decode([i]), round(sure, 3)] for place, i, sure in rows]
         if words:                                           # not those after the end
             steps.append([t, round(float((1 - alpha_bar[t]) ** 0.5), 4), words])
     data = json.dumps(dict(tokens=tokens, steps=steps)).replace("<", "\\u003c")
@@ -173,28 +190,6 @@ def save_page(path, alpha_bar, tokenizer, ids, frames):
     except OSError as error:
         raise Fault(f"cannot write html={path} ({error.strerror}); choose another file") from None
     log(f"{path}: {len(steps)} steps to look at, in any browser")
-
-
-CARD = """---
-license: other
-library_name: sunfish
-pipeline_tag: text-generation
-tags: [diffusion, continuous-diffusion, text-infilling]
----
-# {name}
-
-A SunFish: a language model that writes by denoising in continuous embedding space.
-
-{facts}
-
-    python sample.py --checkpoint=hf:USER/{name} --prompt {prompt}
-
-A sample, the first with seed {seed}, unedited:
-
-    {text}
-
-It knows what was in its training text, and no more; nothing was done to make it safe. Its weights may be used as that text may.
-"""
 
 
 def export_network(cfg, path, content, text):
@@ -206,28 +201,30 @@ def export_network(cfg, path, content, text):
     log_file = path.parent / "log.jsonl" if path.is_file() else Path()
     for line in log_file.read_text().splitlines() if log_file.is_file() else []:
         row = json.loads(line) if line.endswith("}") else {}           # the last may be cut short
-        found.update({name: row[name] for name in found if name in row and row.get("step", 0) <= content["step"]})
+        if row.get("step", 0) <= content["step"]:
+            found |= {name: row[name] for name in found if name in row}
     ckpt.export(folder, content, **found)
-    bound = f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token" if found["bound"] else "not measured"
-    facts = {"training text": f"{data['label']}; licence: {data.get('licence', 'unknown')}", "steps": f"{content['step']:,}",
-             "tokens seen": f"{found['tokens']:,}" if found["tokens"] else "unknown", "likelihood bound on held-out text": bound,
-             "vocabulary": f"{data['vocab_size']:,} ids ({data['tokenizer']['name']})"}
+    facts = {"training text": data["label"], "its licence": data["licence"], "tokenizer": data["tokenizer"]["name"],
+             "steps": f"{content['step']:,}", "tokens seen": f"{found['tokens'] or 0:,}"}
+    if found["bound"]:
+        facts["bound on held-out text"] = f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token"
     if "base" in data:
-        facts["begun with"] = f"{data['base']['label']}; licence: {data['base']['licence']}; {data['base']['steps']:,} steps"
-    card = CARD.format(name=folder.resolve().name, facts="\n".join(f"- {name}: {value}" for name, value in facts.items()), seed=cfg.seed,
-                       prompt=json.dumps(cfg.prompt), text=" ".join(text.split()))
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    log(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; read it with --checkpoint={folder}, complete its "
-        f"README.md, and share it with: hf upload USER/NAME {folder}")
+        facts["begun with"] = "{label}; licence: {licence}; {steps:,} steps".format(**data["base"])
+    facts = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    card = dict(name=folder.resolve().name, facts=facts, seed=cfg.seed, prompt=json.dumps(cfg.prompt))
+    (folder / "README.md").write_text(CARD.format(text=" ".join(text.split()), **card), encoding="utf-8")
+    log(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; complete its README.md, use it with "
+        f"--checkpoint={folder}, share it with: hf upload USER/NAME {folder}")
 
 
 # ---- the program ----
 
-def say_what(cfg, network, prompts, steps, num_blocks, machine):
+def say_what(cfg, network, prompts, planned, machine):
     """What is about to be done, by which network, and what is odd about it."""
-    block = {0: "the whole window at once", 1: "one token at a time"}.get(cfg.block_length, f"blocks of {cfg.block_length} tokens")
+    names = {0: "the whole window at once", 1: "one token at a time"}
+    block = names.get(cfg.block_length, f"blocks of {cfg.block_length} tokens")
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
-    log(f"{network}; {block}{spread}, {cfg.sampler}, {num_blocks} x {steps} steps, {machine}")
+    log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps, {machine}")
     if cfg.mode == "generate" and not all(prompt.strip() for prompt in prompts):
         log("no prompt: the samples are unconditional")
         if "guidance_scale" in cfg.given:
@@ -235,12 +232,13 @@ def say_what(cfg, network, prompts, steps, num_blocks, machine):
 
 
 def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
-    """Samples with these numbers, lists of token ids without what was given before them, and the first one in full."""
+    """(samples with these numbers, lists of token ids without what was given before them; the first one in full)."""
     makers = [partial(generator, model.wte.device, cfg.seed, number) for number in numbers]
     if pieces:
         made = infill(model, pieces, cfg, makers, watch)
         return made, made[0]
-    texts, given = generate(model, canvas, cfg, [make() for make in makers], watch, eot).tolist(), int(canvas.known.sum())
+    texts = generate(model, canvas, cfg, [make() for make in makers], watch, eot).tolist()
+    given = int(canvas.known.sum())
     made = [cut_at_eot(ids[given:], eot) for ids in texts]
     return made, texts[0][:given + len(made[0])]
 
@@ -248,35 +246,36 @@ def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
 def main(cfg):
     keep_memory()
     path, content = ckpt.find_network(cfg.checkpoint or "out")
-    if "block_length" not in cfg.given and content.get("block_length") is not None:
-        cfg_given = cfg.given
-        cfg = replace(cfg, block_length=content["block_length"])
-        object.__setattr__(cfg, "given", cfg_given)
+    if "block_length" not in cfg.given:
+        given, length = cfg.given, content.get("block_length")
+        cfg = replace(cfg, block_length=Sampling.block_length if length is None else length)
+        object.__setattr__(cfg, "given", given)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
-    model, tokenizer = ckpt.load_model(content, device, dtype, cfg.quantize == "int8"), get_tokenizer(content["data"]["tokenizer"])
-    answers = content["data"].get("kind") == "instructions" and cfg.mode == "generate"
-    eot = tokenizer.eot_token if answers else None
-    pieces, prompts = [], read_prompts(cfg.prompt)
+    model = ckpt.load_model(content, device, dtype, cfg.quantize == "int8")
+    tokenizer = get_tokenizer(content["data"]["tokenizer"])
+    answers = content["data"]["kind"] == "instructions" and cfg.mode == "generate"
+    eot, pieces, prompts = tokenizer.eot_token if answers else None, [], read_prompts(cfg.prompt)
     if cfg.mode == "infill":
         pieces = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
         idx, known = to_canvas(pieces)
         canvases = [infill_canvas(idx[None], known, int((~known).nonzero()[0]), model.cfg)[1]]
     else:
-        canvases = [prompt_canvas(encode_prompt(prompt, tokenizer, answers), cfg.seq_len, model.cfg) for prompt in prompts]
+        ids = [encode_prompt(prompt, tokenizer, answers) for prompt in prompts]
+        canvases = [prompt_canvas(row, cfg.seq_len, model.cfg) for row in ids]
     plans = [plan(cfg, model.cfg, canvas.known) for canvas in canvases]
     if cfg.export:
         made, _ = write_batch(cfg, model, canvases[0], [], [0], None, eot)
         return export_network(cfg, path, content, tokenizer.decode(made[0]))
     network = f"{path}: step {content['step']:,}, trained on {content['data']['label']}"
-    say_what(cfg, network, prompts, plans[0].steps, plans[0].num_blocks, f"{device}, {str(dtype)[6:]}")
+    say_what(cfg, network, prompts, plans[0], f"{device}, {str(dtype)[6:]}")
     if 0 in pieces:
         log(f"each [MASK] is tried with 1 to {LONGEST} tokens")
     clock, tokens, calls = time.perf_counter(), 0, 0
-    for prompt, canvas, (_, num_blocks, steps) in zip(prompts, canvases, plans, strict=True):
+    for prompt, canvas, planned in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            watch = Watch(cfg, tokenizer, canvas.known, num_blocks * steps)
+            watch = Watch(cfg, tokenizer, canvas.known, planned.num_blocks * planned.steps)
             made, shown = write_batch(cfg, model, canvas, pieces, numbers, watch, eot)
             tokens += sum(map(len, made)) - len(made) * sum(len(piece) for piece in pieces if isinstance(piece, list))
             calls += watch.calls

@@ -5,9 +5,9 @@ Train SunFish: pre-tokenized shards in, checkpoints and a log out.
     python train.py config/micro.py --device=cpu            # 41.6M parameters and the output head's 25.8M
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
-The data order and all noise are functions of (seed, step, number of the sequence in its step), so a run that stops at a checkpoint
-and resumes is the run that never stopped, on any number of processes. The network and its loss know nothing of processes:
-`parallelize` wraps them, and a step sums its numbers.
+The data order and all noise are functions of (seed, step, number of the sequence in its step), so a run that stops at
+a checkpoint and resumes is the run that never stopped, on any number of processes. The network and its loss know
+nothing of processes: `parallelize` wraps them, and a step sums its numbers.
 """
 import contextlib
 import dataclasses
@@ -49,8 +49,8 @@ RESIZABLE = ("block_size", "prompt_size")           # settings of a network that
 class Config(ModelConfig):
     # data and output
     dataset: str = "fineweb,pydoc"       # folder, or name under data/; of several the first that is prepared
-    init_from: str = ""                  # begin with the averaged network of this checkpoint (file, folder, hf:user/name); "": a new one
-    prompt_file: str = ""                # for prompt_table=gpt2: a model.safetensors with wte.weight; "": fetched from the hub, once
+    init_from: str = ""                  # begin with this network (file, folder, hf:user/name); "": a new one
+    prompt_file: str = ""                # of prompt_table=gpt2: a model.safetensors with wte.weight; "": from the hub
     out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
     resume: bool = False                 # continue from the newest checkpoint in out_dir
     # the optimizer step
@@ -65,11 +65,11 @@ class Config(ModelConfig):
     lora_rank: int = 0                   # train adapters of this rank beside the weights of init_from; 0 trains all
     lora_alpha: float = 16.0             # weight of the adapters, times their rank
     # the training mixture
-    p_single: float = 0.3                # share of sequences written token by token, at pure noise (the autoregressive limit)
+    p_single: float = 0.3                # share of sequences written token by token (the autoregressive limit)
     p_window: float = 0.2                # share denoised as a whole window; the rest in blocks of 2, 4, 8 ...
     max_block_length: int = 16           # ... up to this many tokens
-    p_strided: float = 0.25              # share of the sequences in blocks whose blocks are spread over the text
-    p_given: float = 0.17                # share of all in which a prefix, single tokens or all but some spans are given
+    p_strided: float = 0.25              # share of the latter whose blocks are spread over the text
+    p_given: float = 0.17                # share of all with tokens given: a prefix, single ones, all but some spans
     self_conditioning: float = 0.5       # share of steps in which the network reads a first guess of x_0; 0 is off
     conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
@@ -94,19 +94,22 @@ class Config(ModelConfig):
     def check(self):
         """Raise UserError for settings that cannot work."""
         super().check()
-        in_range(self, 1, 1e18, "batch_size", "batch_tokens", "max_steps", "max_block_length", "log_interval", "save_interval", "keep_last")
+        in_range(self, 1, 1e18, "batch_size", "batch_tokens", "max_steps", "max_block_length", "log_interval",
+                 "save_interval", "keep_last")
         in_range(self, 2, 1e18, "eval_sequences")
-        in_range(self, 0, 1e18, "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "keep_interval", "lora_rank")
-        in_range(self, 0, 1, "p_single", "p_window", "p_strided", "p_given", "self_conditioning", "conditioning_dropout", "ema_decay")
+        in_range(self, 0, 1e18, "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "keep_interval",
+                 "lora_rank")
+        in_range(self, 0, 1, "p_single", "p_window", "p_strided", "p_given", "self_conditioning",
+                 "conditioning_dropout", "ema_decay")
         in_range(self, 1e-12, 1e3, "learning_rate", "lora_alpha")
         one_of(self, "dtype", "auto", "float32", "bfloat16")
         one_of(self, "compile", "auto", "true", "false")
         one_of(self, "parallel", "auto", "ddp", "fsdp")
         if self.p_single + self.p_window > 1:
-            raise UserError(f"p_single={self.p_single} and p_window={self.p_window} add up to more than 1; lower one of them")
+            raise UserError(f"p_single={self.p_single} and p_window={self.p_window} add up to more than 1; lower one")
         if self.p_single + self.p_window < 1 and self.max_block_length < 2:
-            raise UserError(f"max_block_length={self.max_block_length} leaves no blocks of 2 or more; use 2, or raise p_single to "
-                            f"{1 - self.p_window:g}")
+            raise UserError(f"max_block_length={self.max_block_length} leaves no blocks of 2 or more; use 2, or raise "
+                            f"p_single to {1 - self.p_window:g}")
         if self.lora_rank and not self.init_from:
             raise UserError(f"lora_rank={self.lora_rank} adapts a trained network; name it with --init_from=CHECKPOINT")
         if not self.init_from:                              # whose network is not known yet
@@ -117,13 +120,16 @@ class Config(ModelConfig):
         if self.lora_rank > self.n_embd:
             raise UserError(f"lora_rank={self.lora_rank} is more than n_embd={self.n_embd}; 8 is usual")
         n, rest = divmod(self.batch_tokens, self.block_size)
-        fits = [i for i in range(1, min(n, 4096) + 1) if n % i == 0 and n // i % min(self.batch_size, n // i) == 0 and not rest]
-        if mc.world_size() not in fits:
-            what, batch = "batch_size * block_size", self.batch_size * self.block_size * mc.world_size()
-            what += f" * world_size={mc.world_size()}" if mc.world_size() > 1 else ""
-            others = f", or {', '.join(map(str, fits))} processes" if fits and mc.world_size() > 1 else ""
-            raise UserError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try "
-                            f"{max(1, round(self.batch_tokens / batch)) * batch:,}{others}")
+        fits = [i for i in range(1, min(n, 4096) + 1) if n % i == 0 and n // i % min(self.batch_size, n // i) == 0]
+        N, fits = mc.world_size(), [] if rest else fits
+        if N in fits:
+            return
+        batch, what = self.batch_size * self.block_size * N, "batch_size * block_size"
+        what += f" * world_size={N}" if N > 1 else ""
+        others = f", or {', '.join(map(str, fits))} processes" if fits and N > 1 else ""
+        near = max(1, round(self.batch_tokens / batch)) * batch
+        raise UserError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try {near:,}"
+                        f"{others}")
 
     @property
     def step_sequences(self):
@@ -137,7 +143,7 @@ class Config(ModelConfig):
 
     @property
     def block_length(self):
-        """Tokens that are denoised together at an evaluation, and by sample.py if it is not told."""
+        """Tokens denoised together at an evaluation, and by sample.py if it is not told."""
         if self.p_single == 1:
             return 1
         return 0 if self.p_window == 1 else min(Sampling.block_length, self.max_block_length)
@@ -148,11 +154,11 @@ class Config(ModelConfig):
         return [range(first, first + B) for first in range(mc.rank() * B, self.step_sequences, N * B)]
 
 
-# ---- the loss ----
+# ---- the loss and the optimizer ----
 
 class DiffusionLoss(nn.Module):
-    """Batch -> (sum of its tokens' losses, sum of the schedule's): one module around all that touches the weights, so that DDP and
-    FSDP wrap a single call."""
+    """Batch -> (sum of its tokens' losses, sum of the schedule's): one module around all that touches the weights, so
+    that DDP and FSDP wrap a single call."""
 
     def __init__(self, net):
         super().__init__()
@@ -160,23 +166,24 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, batch):
         net, cfg = self.net, self.net.cfg
-        E, alpha_bar = net.embedding(), net.alpha_bar()                                # (V, C), (timesteps + 1,)
-        x_0 = E[batch.idx]                                                             # (B, T, C)
-        x_t = diffusion.add_noise(x_0, batch.t, alpha_bar, batch.eps)                  # (B, T, C)
-        log_snr = diffusion.log_snr(batch.t, alpha_bar)                                # (B, T)
+        E, alpha_bar = net.embedding(), net.alpha_bar()                            # (V, C), (timesteps + 1,)
+        x_0 = E[batch.idx]                                                         # (B, T, C)
+        x_t = diffusion.add_noise(x_0, batch.t, alpha_bar, batch.eps)              # (B, T, C)
+        log_snr = diffusion.log_snr(batch.t, alpha_bar)                            # (B, T)
         prompt = net.encode_prompt(batch.prompt, batch.prompt_mask, E)
         guess = self.first_guess(x_0, x_t, log_snr, batch, prompt, E)
-        h = net.denoise(x_0, x_t, log_snr, batch.order, prompt, E, guess)              # (B, T, n_embd)
+        h = net.denoise(x_0, x_t, log_snr, batch.order, prompt, E, guess)          # (B, T, n_embd)
         if cfg.objective == "eps":
-            loss = (net.predict_noise(h) - batch.eps).square().mean(-1)                # Ho et al. 2020, eq. 14
+            loss = (net.predict_noise(h) - batch.eps).square().mean(-1)            # Ho et al. 2020, eq. 14
             return (loss * batch.loss_mask).sum(), loss.new_zeros(())
-        loss, nll = net.nll(h, x_t, log_snr, batch.idx, batch.loss_mask, E)            # nats: the sum; all (B, T), no gradients
-        fit = diffusion.schedule_loss(nll, log_snr, net.schedule, cfg.token_dim)       # of tokens whose noise level varies
+        loss, nll = net.nll(h, x_t, log_snr, batch.idx, batch.loss_mask, E)        # sum with gradients, (B, T) without
+        fit = diffusion.schedule_loss(nll, log_snr, net.schedule, cfg.token_dim)   # of tokens whose noise level varies
         return loss, (fit * batch.loss_mask * (batch.t < cfg.timesteps)).sum()
 
     @torch.no_grad()
     def first_guess(self, x_0, x_t, log_snr, batch, prompt, E):
-        """x_0_hat (B, T, C) of a first pass, or None if the batch has none; zeros at the highest level, where a sampler begins."""
+        """x_0_hat (B, T, C) of a first pass, or None if the batch has none; zeros where a sampler begins, at the
+        top."""
         if not batch.guess or self.net.cfg.objective == "eps":
             return None
         h = self.net.denoise(x_0, x_t, log_snr, batch.order, prompt, E)
@@ -185,12 +192,13 @@ class DiffusionLoss(nn.Module):
 
 
 def make_optimizer(model, cfg):
-    """AdamW in up to three groups, to be set by set_learning_rate: matrices, or adapters, the rest, the schedule's scalars."""
+    """AdamW in up to three groups, for set_learning_rate: matrices, or adapters, the rest, the schedule's scalars."""
     groups = [[], [], []]
     for name, p in model.named_parameters():
         is_matrix = (name.endswith(".weight") or ".lora_" in name) and p.ndim == 2
+        group = 0 if is_matrix else 1
         if p.requires_grad:
-            groups[2 if name == "schedule" else 0 if is_matrix else 1].append(p)
+            groups[2 if name == "schedule" else group].append(p)
     groups = [dict(params=params) for params in groups if params]       # of frozen networks only the first
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
 
@@ -222,85 +230,69 @@ def evaluate(net, cfg, data, tokenizer):
         texts = texts._replace(prompt_mask=torch.zeros_like(texts.prompt_mask))
     texts = Texts(*(x.to(net.wte.device) for x in texts))
     row = bound(net, texts, cfg.micro_batch, length)
-    print(f"  held-out text: at most {row['bound']:.3f} +- {row['bound_error']:.3f} nats a token (perplexity "
-          f"{math.exp(row['bound']):,.0f}), denoised " + (f"in blocks of {length}" if length else "as whole windows"))
+    print(f"  held-out text, {f'blocks of {length}' if length else 'whole windows'}: at most {row['bound']:.3f} +- "
+          f"{row['bound_error']:.3f} nats a token, perplexity {math.exp(row['bound']):,.0f}")
     if length != 1 and cfg.p_single:
         single = bound(net, texts, cfg.micro_batch, 1)
         row |= {f"{name}_single": single[name] for name in ("bound", "bound_error")}
-        print(f"  and {single['bound']:.3f} +- {single['bound_error']:.3f} one token at a time, the autoregressive limit")
-    row["text"] = (show_answers if data.is_examples else show_text)(net, cfg, data, tokenizer)
+        print(f"  one token at a time (the autoregressive limit): {single['bound']:.3f} +- {single['bound_error']:.3f}")
+    row["text"] = show_samples(net, cfg, data, tokenizer)
     for name, text in row["text"]:
         print(f"  {name}: {text}")
     return row
 
 
-def decode(tokenizer, ids):
-    """Token ids, a list or a tensor, as one line of text."""
-    return " ".join(tokenizer.decode(torch.as_tensor(ids).tolist()).split())
-
-
-def write_text(net, cfg, idx, known, prompt, **settings):
-    """One text (T,) from a canvas, as sample.py would write it."""
-    settings = Sampling(block_length=cfg.block_length, **settings)
-    return generate(net, Canvas(idx, known, prompt), settings, generators(net.wte.device, cfg.seed, [0]))[0].cpu()
-
-
-def show_text(net, cfg, data, tokenizer):
-    """A free sample, one prompted by the tokens before a held-out window, and that window with a hole: (name, text)s."""
-    texts, T = data.read([len(data) // 2])[0], min(cfg.block_size, 64)
-    idx, prompt = texts.idx[0, :T], texts.prompt[0][texts.prompt_mask[0]]
-    nothing, hole = torch.zeros(T, dtype=torch.bool), (torch.arange(T) >= T // 2) & (torch.arange(T) < T // 2 + T // 8)
-    free = write_text(net, cfg, idx, nothing, prompt[:0])
-    prompted = write_text(net, cfg, idx, nothing, prompt, guidance_scale=cfg.guidance_scale)
-    filled = write_text(net, cfg, idx, ~hole, prompt[:0], guidance_scale=1.0)
-    show = partial(decode, tokenizer)
-    left, right = show(idx[:T // 2]), show(idx[T // 2 + T // 8:])
-    return [("sample", show(free)), ("prompt", f"{show(prompt)} >>> {show(prompted)}"),
-            ("infill", f"{left} [{show(filled[hole])}] {right} (truth: [{show(idx[hole])}])")]
-
-
-def show_answers(net, cfg, data, tokenizer, n=3):
-    """Responses to held-out instructions: (name, text)s."""
-    shown = []
-    texts, given = data.read([(2 * i + 1) * len(data) // (2 * n) for i in range(n)])
-    for i in range(n):
-        known = torch.arange(cfg.block_size) < given[i]
-        prompt, response = texts.prompt[i][texts.prompt_mask[i]], texts.idx[i][texts.loss_mask[i]]
-        made = write_text(net, cfg, texts.idx[i], known, prompt, guidance_scale=cfg.guidance_scale)[given[i]:].tolist()
-        asked = decode(tokenizer, torch.cat((prompt, texts.idx[i][known])))
-        answer, truth = (decode(tokenizer, cut_at_eot(ids, tokenizer.eot_token)) for ids in (made, response.tolist()))
-        shown.append(("answer", f"{asked} {answer} (truth: {truth})"))
+def show_samples(net, cfg, data, tokenizer):
+    """(name, text)s: a free sample, if the network writes text, and three held-out beginnings, or instructions,
+    completed."""
+    def decode(ids):
+        return " ".join(tokenizer.decode(cut_at_eot(ids.tolist(), tokenizer.eot_token)).split())
+    settings = Sampling(block_length=cfg.block_length, guidance_scale=cfg.guidance_scale)
+    texts, given = data.read([(2 * i + 1) * len(data) // 6 for i in range(3)])
+    place, shown = torch.arange(cfg.block_size), []
+    if not data.is_examples:
+        given = torch.full_like(given, cfg.block_size // 4)
+        canvas = Canvas(texts.idx[0], place < 0, texts.prompt[0, :0])
+        shown.append(("sample", decode(generate(net, canvas, settings, generators(net.wte.device, cfg.seed, [0]))[0])))
+    for i, n in enumerate(given.tolist()):
+        prompt, idx = texts.prompt[i][texts.prompt_mask[i]], texts.idx[i]
+        made = generate(net, Canvas(idx, place < n, prompt), settings, generators(net.wte.device, cfg.seed, [i]))[0]
+        truth = idx[texts.loss_mask[i]] if data.is_examples else idx[n:]
+        begun = " ".join(tokenizer.decode(torch.cat((prompt, idx[:n])).tolist()).split())
+        shown.append(("completed", f"{begun} >>> {decode(made[n:])} (truth: {decode(truth)})"))
     return shown
 
 
 # ---- setting up ----
 
 def open_data(cfg):
-    """What a checkpoint keeps of the dataset, and its training and validation Datasets. The first process of each machine comes
-    first: it may have to prepare the embedded corpus. UserError if there is no data, or the processes' data differ."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    """What a checkpoint keeps of the dataset, and its training and validation Datasets. The first process of a machine
+    comes first, for it may have to prepare the embedded corpus. UserError if there is no data, or not the same for
+    all."""
     for turn in range(2):
-        if turn == min(local, 1):
+        if turn == min(1, int(os.environ.get("LOCAL_RANK", "0"))):
             folder = find_dataset(cfg.dataset) or prepare_pydoc()
-            meta = {"kind": "text", "licence": "unknown", **read_meta(folder)}
+            meta = read_meta(folder)
         mc.barrier()
+    if mc.broadcast(meta["fingerprint"]) != meta["fingerprint"]:
+        raise UserError(f"the data of process {mc.rank()}, {meta['label']}, is not that of process 0; prepare the same "
+                        "on every machine")
     data = {name: meta[name] for name in ("label", "licence", "kind", "fingerprint", "tokenizer", "vocab_size")}
-    if mc.broadcast(data["fingerprint"]) != data["fingerprint"]:
-        raise UserError(f"the data of process {mc.rank()}, {data['label']}, is not that of process 0; prepare the same on every machine")
     return data, *(Dataset(folder, split, cfg, data["vocab_size"]) for split in ("train", "val"))
 
 
 def prepare_pydoc():
     """The folder of the embedded corpus, prepared by the script that does so."""
     print("no data yet: preparing pydoc, Python's own documentation", file=sys.stderr)
-    done = subprocess.run([sys.executable, Path(__file__).with_name("prepare_fineweb.py"), "--source=pydoc"])
-    if done.returncode:
+    script = Path(__file__).with_name("prepare_fineweb.py")
+    if subprocess.run([sys.executable, script, "--source=pydoc"]).returncode:
         raise UserError("the embedded corpus could not be prepared; see above")
     return find_dataset("pydoc")
 
 
 def load_base(cfg):
-    """(cfg with the network's settings of init_from, that checkpoint's content on the first process, elsewhere None)."""
+    """(cfg with the settings of init_from's network, that checkpoint's content on the first process, elsewhere
+    None)."""
     if not cfg.init_from:
         return cfg, None
     content = None
@@ -312,9 +304,9 @@ def load_base(cfg):
             raise UserError(f"init_from={path} is an adapter; name the network that it was trained on")
     theirs = mc.broadcast(content and dataclasses.asdict(ckpt.model_config(content)))
     mine = {name: getattr(cfg, name) for name in theirs if name in cfg.given}
-    wrong = [f"{name}={mine[name]} is {theirs[name]}" for name in mine if name not in RESIZABLE and mine[name] != theirs[name]]
-    if wrong:
-        raise UserError(f"{', '.join(wrong)} in init_from={cfg.init_from}; leave it out")
+    for name, value in mine.items():
+        if name not in RESIZABLE and value != theirs[name]:
+            raise UserError(f"{name}={value} is {theirs[name]} in init_from={cfg.init_from}; leave it out")
     cfg = dataclasses.replace(cfg, **theirs | mine)
     cfg.check()
     cfg.check_sizes()
@@ -325,9 +317,10 @@ def check_tokenizer(cfg, data, base):
     """Raise UserError for data with another tokenizer than that of the network that is trained on."""
     if base and data["tokenizer"] != base["data"]["tokenizer"]:
         name = base["data"]["tokenizer"]["name"]
-        how = "--tokenizer=gpt2" if name == "gpt2" else "--tokenizer=FOLDER, a folder with shards or an export of that network"
-        raise UserError(f"dataset={cfg.dataset} has the tokenizer {data['tokenizer']['name']} of {data['vocab_size']:,} ids, and "
-                        f"init_from={cfg.init_from} {name} of {base['data']['vocab_size']:,}; prepare the text with {how}")
+        how = "--tokenizer=gpt2" if name == "gpt2" else "--tokenizer=FOLDER, a folder with shards or an export of it"
+        mine, theirs = (f"{some['tokenizer']['name']} of {some['vocab_size']:,} ids" for some in (data, base["data"]))
+        raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {theirs}; prepare "
+                        f"the text with {how}")
 
 
 def new_network(cfg, vocab_size, log_unigram=None):
@@ -338,8 +331,8 @@ def new_network(cfg, vocab_size, log_unigram=None):
 
 
 def init_state(cfg, data, base):
-    """The weights that a run begins with: those of the content `base`, GPT-2's vectors, and new ones for the rest."""
-    torch.manual_seed(diffusion.hash64(cfg.seed, "weights"))        # hashed, or noise drawn with a plain seed would repeat them
+    """The weights a run begins with: those of the content `base`, GPT-2's vectors, and new ones for the rest."""
+    torch.manual_seed(diffusion.hash64(cfg.seed, "weights"))    # hashed: noise of a plain seed would repeat them
     given = base["ema"] if base else {}
     if cfg.prompt_table == "gpt2" and not base:
         given = {"prompt_table": ckpt.gpt2_vectors(cfg.prompt_file, data.vocab_size)}
@@ -347,8 +340,7 @@ def init_state(cfg, data, base):
 
 
 def build(cfg, data, content, base, machine):
-    """(raw_model, ema, model, optimizer), from the checkpoint's content of the first process, or new ones; they have the weights
-    of the content `base` where that is not trained."""
+    """(raw_model, ema, model, optimizer) of a checkpoint's content on the first process, or new ones."""
     with torch.device("meta"):
         raw_model, ema = (new_network(cfg, data.vocab_size) for _ in range(2))
     ema.requires_grad_(False)
@@ -362,23 +354,15 @@ def build(cfg, data, content, base, machine):
 
 
 def parallelize(cfg, net, ema, machine):
-    """The loss of a network as one module to call, compiled and, under torchrun, replicated or sharded; both networks come on the
-    meta device and get memory, but no values yet. FSDP2 shards by layer, parameters in `dtype`, gradients summed in float32."""
-    kind = choose_parallel(cfg, net, machine)
-    loss = DiffusionLoss(net)
+    """The loss of a network as one module to call, compiled and, under torchrun, replicated or sharded; both networks
+    come on the meta device and get memory, but no values. FSDP2 shards by layer and sums gradients in float32."""
+    kind, loss = choose_parallel(cfg, net, machine), DiffusionLoss(net)
     for layer in net.layers if cfg.activation_checkpointing else ():
         layer.forward = partial(recompute, layer.forward, use_reentrant=False)
     if machine.compiled:
         compile_parts(net)
     if kind == "fsdp":
-        shard = partial(fully_shard, mesh=init_device_mesh(machine.device.type, (mc.world_size(),)))
-        policy = MixedPrecisionPolicy(param_dtype=None if machine.dtype == torch.float32 else machine.dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-        for layer in (*net.layers, *ema.layers):
-            shard(layer, mp_policy=policy)
-        shard(ema)
-        shard(loss)
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")     # which nothing changes in place
+        shard_layers(loss, ema, machine)
     net.to_empty(device=machine.device)
     ema.to_empty(device=machine.device)
     if kind != "fsdp":
@@ -392,20 +376,33 @@ def parallelize(cfg, net, ema, machine):
 
 def choose_parallel(cfg, net, machine):
     """none, ddp or fsdp, printed with the reason."""
-    size = sum(p.numel() for p in net.parameters()) * 20            # bytes of weights, gradients, two moments, average
-    on_cpu = machine.device.type == "cpu"
-    fits = on_cpu or size < torch.cuda.get_device_properties(machine.device).total_memory / 2
     if "RANK" not in os.environ:
         return "none"
-    kind = cfg.parallel if cfg.parallel != "auto" else "ddp" if fits else "fsdp"
-    print(f"{mc.world_size()} processes, parallel {kind} ({'asked for' if kind == cfg.parallel else f'{size / 1e9:.1f} GB of state'})")
+    size = sum(p.numel() for p in net.parameters()) * 20            # bytes of weights, gradients, two moments, average
+    on_gpu, kind = machine.device.type == "cuda", cfg.parallel
+    if kind == "auto":
+        small = not on_gpu or size < torch.cuda.get_device_properties(machine.device).total_memory / 2
+        kind = "ddp" if small else "fsdp"
+    print(f"{mc.world_size()} processes, parallel {kind}: {size / 1e9:.1f} GB of weights, gradients, optimizer state")
     return kind
+
+
+def shard_layers(loss, ema, machine):
+    """Shard a network and its average over the processes, layer by layer."""
+    shard = partial(fully_shard, mesh=init_device_mesh(machine.device.type, (mc.world_size(),)))
+    dtype = None if machine.dtype == torch.float32 else machine.dtype
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in (*loss.net.layers, *ema.layers):
+        shard(layer, mp_policy=policy)
+    shard(ema)
+    shard(loss)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")     # not changed in place
 
 
 def compile_parts(net, backend="inductor"):
     """Compile the layers and the scores, not the whole: what is compiled for one layer serves for all."""
-    torch._dynamo.config.recompile_limit = 32           # with cross-attention or not, the last one, with gradients or not
-    torch._dynamo.config.optimize_ddp = False           # it would cut each layer in two: gradients go out layer by layer anyway
+    torch._dynamo.config.recompile_limit = 32           # with cross-attention or not, last or not, gradients or not
+    torch._dynamo.config.optimize_ddp = False           # it would cut layers in two: gradients go out one by one anyway
     for layer in net.layers:
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
     net.cross_entropy = torch.compile(net.cross_entropy, backend=backend, dynamic=False)
@@ -433,24 +430,10 @@ def ema_model(ema, cfg, machine):
     return copied.to(machine.device)
 
 
-def dry_run(cfg, machine):
-    """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
-    cfg, base = load_base(cfg)
-    vocab_size, label = (base["data"]["vocab_size"], "of init_from") if base else (50_257, "GPT-2's")
-    if not base:
-        with contextlib.suppress(UserError):
-            vocab_size, label = read_meta(find_dataset(cfg.dataset))["vocab_size"], f"of {cfg.dataset}"
-    with torch.device("meta"):
-        net = new_network(cfg, vocab_size)
-    n, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or whole) for whole in (True, False))
-    table, head = net.wte.numel(), sum(p.numel() for p in net.head.parameters())
-    print(f"model: {cfg.n_layer} layers, {cfg.n_head} heads, width {cfg.n_embd}, token vectors {cfg.token_dim}, vocabulary "
-          f"{vocab_size:,} ({label})")
-    print(f"parameters: {n:,} ({n / 1e6:.1f}M), {n - table - head:,} without token vectors and output head; {trained:,} trained")
-    print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens")
-    print(f"memory: weights {n * 4 / 1e9:.2f} GB, gradients, average and optimizer {trained * 16 / 1e9:.2f} GB, activations beside "
-          "(peak_gb in the first row of the log)")
-    print(f"checkpoint: {(trained if cfg.lora_rank else n) * 16 / 1e9:.2f} GB")
+def describe_network(net):
+    n, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True, False))
+    rest = n - net.wte.numel() - sum(p.numel() for p in net.head.parameters())
+    return f"{n:,} parameters, {rest:,} without token vectors and output head, {trained:,} trained", n, trained
 
 
 def describe_batch(cfg):
@@ -460,8 +443,25 @@ def describe_batch(cfg):
             f"{cfg.step_sequences // cfg.micro_batch // N} accumulated")
 
 
+def dry_run(cfg):
+    """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
+    cfg, base = load_base(cfg)
+    vocab_size = base["data"]["vocab_size"] if base else 50_257
+    with contextlib.suppress(UserError):
+        folder = None if base else find_dataset(cfg.dataset)
+        vocab_size = read_meta(folder)["vocab_size"] if folder else vocab_size
+    with torch.device("meta"):
+        sizes, n, trained = describe_network(new_network(cfg, vocab_size))
+    print(f"model: {sizes}; vocabulary {vocab_size:,}")
+    total = cfg.max_steps * cfg.batch_tokens / 1e6
+    print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {total:,.0f}M tokens")
+    print(f"memory: {(4 * n + 16 * trained) / 1e9:.2f} GB of weights, gradients, average and optimizer state, and the "
+          "activations (peak_gb in the first row of the log)")
+    print(f"checkpoint: {16 * (trained if cfg.lora_rank else n) / 1e9:.2f} GB")
+
+
 def open_out_dir(cfg, data):
-    """(the locked log, the content of the checkpoint to resume or None); a folder that holds a run is never overwritten unasked."""
+    """(the locked log, the content of the checkpoint to resume or None); a run is never overwritten unasked."""
     if not cfg.out_dir:
         raise UserError("out_dir is empty; name a folder for checkpoints and log, such as out/run")
     folder = Path(cfg.out_dir)
@@ -478,7 +478,7 @@ def open_out_dir(cfg, data):
     path, content = ckpt.find(folder)
     ckpt.check_resumable(cfg, data, content)
     for other in folder.glob("ckpt_*.pt"):
-        if other > path:                                    # damaged; it must not count as one of the last that are kept
+        if other > path:                                    # damaged; it must not count as one of those kept
             other.rename(other.with_suffix(".damaged"))
     return file, content
 
@@ -486,30 +486,31 @@ def open_out_dir(cfg, data):
 # ---- the log ----
 
 class Log:
-    """Rows to out_dir/log.jsonl, less those after step `start`, to the terminal, and, if asked, to Weights & Biases."""
+    """Rows to out_dir/log.jsonl, less those after step `start`, to the terminal and, if asked, to Weights & Biases."""
 
     def __init__(self, cfg, file, start, wandb_id, device):
         self.cfg, self.file, self.device, self.run, self.wandb_id = cfg, file, device, None, wandb_id
         self.clock, self.since, self.waited = time.perf_counter(), start, 0.0
         if file:
             truncate_log(file, start)
-            if cfg.wandb_log:
-                import wandb
-                self.run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, id=wandb_id,
-                                      config=dataclasses.asdict(cfg), resume="allow")
-                self.wandb_id = self.run.id
+        if file and cfg.wandb_log:
+            import wandb
+            self.run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, id=wandb_id,
+                                  config=dataclasses.asdict(cfg), resume="allow")
+            self.wandb_id = self.run.id
 
     def step(self, done, loss, grad_norm, lr, waited):
-        """Print and write the state of the training after `done` steps; `waited` is the seconds for data since the start."""
-        cfg, now = self.cfg, time.perf_counter()
-        seconds = (now - self.clock) / (done - self.since)
-        data_ms = 1000 * (waited - self.waited) / (done - self.since)
+        """Print and write the state of the training after `done` steps; `waited` is the seconds for data so far."""
+        cfg, now, steps = self.cfg, time.perf_counter(), done - self.since
+        seconds, data_ms = (now - self.clock) / steps, 1000 * (waited - self.waited) / steps
         self.clock, self.since, self.waited = now, done, waited
         row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * cfg.batch_tokens,
-                   tokens_per_second=cfg.batch_tokens / seconds, step_ms=1000 * seconds, data_ms=data_ms, peak_gb=mc.peak_gb(self.device))
-        left = format_time((cfg.max_steps - done) * seconds)
-        print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} {tokens_per_second:,.0f} tokens/s step "
-              "{step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(max_steps=cfg.max_steps, left=left, **row))
+                   tokens_per_second=cfg.batch_tokens / seconds, step_ms=1000 * seconds, data_ms=data_ms,
+                   peak_gb=mc.peak_gb(self.device))
+        minutes, left = divmod(round((cfg.max_steps - done) * seconds), 60)
+        print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} {tokens_per_second:,.0f} "
+              "tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(
+                  max_steps=cfg.max_steps, left=f"{minutes // 60}h{minutes % 60:02}m{left:02}s", **row))
         self.write(**row)
 
     def write(self, **row):
@@ -521,13 +522,13 @@ class Log:
             self.file.flush()
         except OSError as error:
             raise Fault(f"cannot write {self.file.name} ({error.strerror}); free some space and resume") from None
+        if not self.run:
+            return
         try:
-            if self.run:
-                import wandb
-                numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-                text = {"text": wandb.Table(["kind", "text"], row["text"])} if "text" in row else {}
-                self.run.log({**numbers, **text}, step=row["step"])
-        except Exception as error:                          # whatever it raises, the training is worth more than its picture
+            import wandb
+            text = {"text": wandb.Table(["kind", "text"], row.pop("text"))} if "text" in row else {}
+            self.run.log({**row, **text}, step=row["step"])
+        except Exception as error:                          # whatever it raises: training is worth more
             print(f"warning: Weights & Biases is given up ({type(error).__name__}: {error})", file=sys.stderr)
             self.run = None
 
@@ -552,16 +553,10 @@ def log_in(cfg):
             raise UserError(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline") from None
 
 
-def format_time(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
 # ---- the loop ----
 
 class Prefetch:
-    """The items of an iterator, the next one made by a thread while the last is at work; `waited` is the seconds spent on waiting."""
+    """The items of an iterator, the next one made by a thread meanwhile; `waited` is the seconds spent on waiting."""
 
     def __init__(self, items):
         self.items, self.thread, self.waited = items, ThreadPoolExecutor(1), 0.0
@@ -582,30 +577,32 @@ def all_batches(cfg, data, start, device):
 
 
 def train_step(model, optimizer, batches, cfg, step, machine):
-    """One optimizer step: (mean loss of a token in nats, norm of the gradient). Fault, before anything is updated, if they are not
-    finite, or if memory does not suffice."""
+    """One optimizer step: (mean loss of a token in nats, norm of the gradient). Fault, before anything is updated, if
+    they are not finite, or if memory does not suffice."""
     total, n = torch.zeros(2, dtype=torch.float64, device=machine.device), len(cfg.micro_batches())
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         for i in range(n):
             batch, is_last = next(batches), i == n - 1
             with contextlib.nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
                 with machine.autocast():
                     loss, fit = model(batch)
-                (loss + fit).mul(mc.world_size() / cfg.batch_tokens).backward()         # gradients are averaged over the processes
+                (loss + fit).mul(mc.world_size() / cfg.batch_tokens).backward()     # averaged over the processes
             total += torch.stack((loss.detach(), batch.loss_mask.sum()))
     except torch.OutOfMemoryError:
-        raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak {mc.peak_gb(machine.device):.1f} "
-                    "GB; halve batch_size, accumulation keeps the step the same") from None
+        raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak "
+                    f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size, accumulation keeps the step the "
+                    "same") from None
     loss, tokens = mc.all_reduce(total, machine.device)
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if tokens != cfg.batch_tokens:                          # known only now; divided by all tokens so far
-        torch._foreach_mul_([p.grad for p in params if p.grad is not None], cfg.batch_tokens / tokens)
-    clipped = [p for p in params if p.ndim > 1 or p.numel() != 3]                       # not the schedule's three scalars
+        torch._foreach_mul_([p.grad for p in params], cfg.batch_tokens / tokens)
+    clipped = [p for p in params if p.shape != (3,)]        # not the schedule's three scalars
     norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf)
     loss, grad_norm = loss / tokens, mc.full_tensor(norm).item()
     if not math.isfinite(loss + grad_norm):
-        raise Fault(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at learning rate {optimizer.param_groups[0]['lr']:.2e}; "
-                    "nothing was updated; resume from the last checkpoint with a lower learning_rate or grad_clip")
+        lr = optimizer.param_groups[0]["lr"]
+        raise Fault(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at learning rate {lr:.2e}; nothing was "
+                    "updated; resume from the last checkpoint with a lower learning_rate or grad_clip")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
@@ -618,7 +615,7 @@ def train(cfg, machine):
     check_tokenizer(cfg, data, base)
     tokenizer, adapts = get_tokenizer(data["tokenizer"]), {}
     if base:
-        data["base"] = {"label": base["data"]["label"], "licence": base["data"].get("licence", "unknown"), "steps": base["step"]}
+        data["base"] = {"label": base["data"]["label"], "licence": base["data"]["licence"], "steps": base["step"]}
     if base and cfg.lora_rank:
         adapts = {"base": ckpt.fingerprint(base["ema"])}
     file = content = None
@@ -630,22 +627,30 @@ def train(cfg, machine):
     raw_model, ema, model, optimizer = build(cfg, train_data, content, base, machine)
     log = Log(cfg, file, start, content and content["wandb_id"], machine.device)
     del base, content
-    say_start(cfg, data, train_data, raw_model, start)
+    print(f"settings: {describe(cfg)}")
+    print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
+          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {train_data.vocab_size:,} ids")
+    print(f"model: {describe_network(raw_model)[0]}")
+    print(f"step: {describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
+    if train_data.is_examples and not cfg.init_from:
+        print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
-    batches, signals, saved, stop = Prefetch(all_batches(cfg, train_data, start, machine.device)), mc.catch_signals(), start, 0
+    batches, signals = Prefetch(all_batches(cfg, train_data, start, machine.device)), mc.catch_signals()
+    saved, stop = start, 0
     for step in range(start, cfg.max_steps):
         lr = set_learning_rate(optimizer, cfg, step)
         loss, grad_norm = train_step(model, optimizer, batches, cfg, step, machine)
         update_ema(ema, raw_model, cfg.ema_decay, step)
 
-        done, stop = step + 1, mc.any_process(signals, machine.device)       # all processes stop after the same step, or none
+        done, stop = step + 1, mc.any_process(signals, machine.device)      # all stop after the same step, or none
         last = stop or done == cfg.max_steps
         if last or done % cfg.log_interval == 0 or done == start + 1:
             log.step(done, loss, grad_norm, lr, batches.waited)
         if last or done % cfg.save_interval == 0:
             state, saved = ckpt.gather_state(raw_model, ema, optimizer), done
             if mc.rank() == 0:
-                ckpt.save(cfg, done, state, data=data, wandb_id=log.wandb_id, block_length=cfg.block_length, **adapts)
+                kept = dict(data=data, wandb_id=log.wandb_id, block_length=cfg.block_length)
+                ckpt.save(cfg, done, state, **kept, **adapts)
         if last and not stop or cfg.eval_interval and done % cfg.eval_interval == 0:
             net = ema_model(ema, cfg, machine)
             if mc.rank() == 0:
@@ -659,26 +664,13 @@ def train(cfg, machine):
     return 0
 
 
-def say_start(cfg, data, train_data, net, start):
-    """Print the settings, the data and the network."""
-    what = "examples" if train_data.is_examples else "windows"
-    total, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) / 1e6 for every in (True, False))
-    print(f"settings: {describe(cfg)}")
-    print(f"data: {data['label']}: {len(train_data):,} {what} of {cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, "
-          f"{train_data.vocab_size:,} ids")
-    print(f"model: {total:.2f}M parameters, {trained:.2f}M of them trained; a step is {describe_batch(cfg)}; "
-          f"{'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
-    if train_data.is_examples and not cfg.init_from:
-        print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
-
-
 def main(cfg):
     if mc.rank():
         sys.stdout = open(os.devnull, "w")                  # one voice; faults still go to stderr
     mc.keep_memory()
     machine = mc.choose_machine(cfg)
     if cfg.dry_run:
-        return dry_run(cfg, machine)
+        return dry_run(cfg)
     mc.join_processes(machine.device)
     with mc.peers():
         code = train(cfg, machine)
