@@ -1,0 +1,276 @@
+"""Writing and likelihood against known answers: exact posteriors write the chain they come from, the KV cache changes
+nothing, and the bound is the one that is worked out by hand."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import diffusion
+import generate as g
+from configurator import UserError
+from data import Texts
+from diffusion import LATER
+from generate import Canvas, Decoder, Sampling, bound, generate, generators, plan, prompt_canvas
+from model import ModelConfig, SunFish
+
+NOTHING = torch.zeros(0, dtype=torch.int64)
+
+
+@pytest.fixture
+def one_generator(monkeypatch):
+    """All rows draw from one Generator: thousands of them would take long."""
+    rng = diffusion.generator("cpu", "test")
+
+    def randn(x, _, draw=torch.randn):
+        return draw(x.shape, generator=rng, dtype=x.dtype)
+    monkeypatch.setattr(diffusion, "randn", randn)
+
+
+# ---- plans and canvases ----
+
+@pytest.mark.parametrize("settings, objective, num_blocks, steps", [
+    ({}, "ce", 8, 16), (dict(block_length=0), "ce", 1, 50), (dict(block_length=1), "ce", 64, 1),
+    (dict(block_length=1), "eps", 64, 16), (dict(strided=True), "ce", 8, 16), (dict(sampler="ddpm"), "ce", 8, 100),
+    (dict(sampler="ddpm", block_length=1), "ce", 64, 100), (dict(steps=3, block_length=1), "ce", 64, 3),
+    (dict(steps=7, block_length=0, sampler="ddpm"), "ce", 1, 7)])
+def test_the_default_steps_of_a_block(settings, objective, num_blocks, steps):
+    cfg, nothing = ModelConfig(timesteps=100, objective=objective), torch.zeros(64, dtype=torch.bool)
+    assert plan(Sampling(**settings), cfg, nothing)[1:] == (num_blocks, steps)
+    assert plan(Sampling(), ModelConfig(timesteps=5), nothing).steps == 5           # no more than there are levels
+
+
+def test_known_tokens_are_earlier_than_all_blocks():
+    known = torch.tensor([True, True, False, False, True, False])
+    assert plan(Sampling(block_length=2), ModelConfig(), known).order.tolist() == [-1, -1, 1, 1, -1, 2]
+    assert plan(Sampling(block_length=2, strided=True), ModelConfig(), known).order.tolist() == [-1, -1, 0, 1, -1, 0]
+    assert plan(Sampling(), ModelConfig(), known | True).num_blocks == 0
+
+
+def test_the_end_of_a_prompt_stands_in_the_window_and_the_rest_before_it():
+    cfg, ids = ModelConfig(block_size=8, prompt_size=4), list(range(1, 8))
+    for seq_len, before, length in ((0, 3, 8), (3, 3, 7), (5, 4, 8)):
+        idx, known, prompt = prompt_canvas(ids, seq_len, cfg)
+        given = len(ids) - before
+        assert prompt.tolist() == ids[:before] and idx[:given].tolist() == ids[before:]
+        assert known.tolist() == [True] * given + [False] * (length - given)
+    for asked, seq_len, words in ((ids, 6, "the prompt has 7 tokens"), ([], 9, "seq_len=9 ")):
+        with pytest.raises(UserError, match=words):
+            prompt_canvas(asked, seq_len, cfg)
+
+
+# ---- exact answers ----
+
+VECTORS = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(3)), dim=-1) * 8 ** 0.5
+
+
+class Chain:
+    """Stands in for a network: the exact posterior of a Markov chain of six tokens. Of earlier blocks it knows what
+    generate shows it: the clean tokens decided last."""
+    cfg, dtype, wte, layers = ModelConfig(token_dim=8), torch.float32, VECTORS, []
+
+    def __init__(self):
+        rng = torch.Generator().manual_seed(0)
+        self.log_first = torch.randn(6, generator=rng).log_softmax(-1)
+        self.log_next = torch.randn(6, 6, generator=rng).mul(1.5).log_softmax(-1)
+        self.shown, self.prior = [], self.log_first
+
+    def embedding(self):
+        return VECTORS
+
+    def alpha_bar(self):
+        return diffusion.gumbel_schedule(1000, -1.9, 0.85, 8)
+
+    def encode_prompt(self, *inputs):
+        return None
+
+    def join(self, x_0, x_t, *inputs):
+        if x_0.size(1):
+            self.shown.append(x_0.size(1))
+            self.prior = self.log_next[(x_0[:, -1] @ VECTORS.T).argmax(-1)]
+        return x_t
+
+    def __call__(self, x_t, *inputs):
+        return self.prior.expand(len(x_t), 6)
+
+    def predict(self, prior, x_t, log_snr, E, temperature):
+        """Scores of a block's tokens given all their noise: the forward-backward algorithm."""
+        snr = log_snr.exp()[..., None]
+        evidence = (snr * (1 + snr)).sqrt() * x_t @ E.T                                 # (B, n, 6)
+        ahead, behind = [prior], [torch.zeros_like(prior)]
+        for i in range(x_t.size(1) - 1):
+            ahead.append(((ahead[-1] + evidence[:, i])[..., None] + self.log_next).logsumexp(1))
+        for i in range(x_t.size(1) - 1, 0, -1):
+            behind.insert(0, (self.log_next + (evidence[:, i] + behind[0])[:, None]).logsumexp(-1))
+        logits = evidence + torch.stack(ahead, 1) + torch.stack(behind, 1)
+        return logits.softmax(-1) @ E, logits
+
+
+@pytest.mark.parametrize("block_length, steps", [(1, 1), (1, 30), (2, 40), (0, 40)])
+def test_blocks_with_exact_posteriors_write_the_chain_they_come_from(one_generator, block_length, steps):
+    """Pairs of neighbours, of one block and of two, come out as often as they should: at one step a token, where the
+    softmax alone decides, and at many, where the noise has decided before."""
+    chain, n, T = Chain(), 10_000, 4
+    canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), NOTHING)
+    tokens = generate(chain, canvas, Sampling(block_length=block_length, steps=steps, temperature=1.0), [None] * n)
+    want = chain.log_first.exp()
+    for i in range(T - 1):
+        pairs = torch.zeros(6, 6).index_put_((tokens[:, i], tokens[:, i + 1]), torch.ones(n), accumulate=True) / n
+        assert (pairs - want[:, None] * chain.log_next.exp()).abs().max() < 0.015, i
+        want = want @ chain.log_next.exp()
+    assert chain.shown == [block_length] * (T // block_length - 1 if block_length else 0)
+
+
+LOG_P = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]).log()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("block_length, steps, eta", [(1, 0, 1.0), (4, 50, 1.0), (1, 1, 0.5)])
+def test_an_untrained_network_writes_unigrams_at_the_temperature(one_generator, block_length, steps, eta, temperature):
+    """Its context always says the unigram, so tokens are independent draws from softmax(log p / temperature). In one
+    step eta is a temperature as well, of the draw."""
+    torch.manual_seed(0)
+    net = SunFish(ModelConfig(n_layer=1, n_head=1, n_embd=8, token_dim=16, block_size=4), 6, LOG_P)
+    cfg = Sampling(block_length=block_length, steps=steps, eta=eta, temperature=temperature)
+    canvas = Canvas(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool), NOTHING)
+    share = torch.bincount(generate(net, canvas, cfg, [None] * 2500).flatten(), minlength=6) / 10_000
+    want = (LOG_P / temperature / eta).softmax(0)
+    assert (share - want).abs().max() < 0.015, (share, want)
+
+
+# ---- the KV cache, and when it ends ----
+
+ANY = torch.tensor([0, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0, 1]) > 0
+GIVEN = {"none": ANY & False, "prefix": torch.arange(12) < 5, "blanks": ANY, "both": ANY | (torch.arange(12) < 2)}
+
+
+def read_anew(net, decoder, canvas, order, visible, x_t, log_snr, guess, pos):
+    """Hidden states of the noisy tokens at pos by `denoise`, the training forward, beside the text as it is now."""
+    def put(x, width):
+        return None if x is None else torch.full((2, 12, *width), 7.0).index_copy(1, pos, x)
+    E, visible = net.embedding(), torch.full(canvas.prompt.shape, visible)
+    prompt, order = net.encode_prompt(canvas.prompt, visible, E), order.expand(2, -1)
+    h = net.denoise(E[decoder.tokens], put(x_t, (16,)), put(log_snr, ()), order, prompt, E, put(guess, (16,)))
+    return h[:, pos]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("block_length, strided", [(0, False), (1, False), (4, False), (5, True)])
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_cache_says_what_a_fresh_reading_says(small, monkeypatch, given, block_length, strided, guidance):
+    """At every step of writing. Guidance weighs two readings: with the prompt, and without it and the given start."""
+    torch.manual_seed(1)
+    known, calls, hidden = GIVEN[given], [], Decoder.hidden
+    canvas = Canvas(torch.randint(50, (2, 12)), known, torch.randint(50, (2, 3)))
+    order = diffusion.block_order(~known, block_length, strided)
+    without_start = order.masked_fill(known.cummin(0).values, LATER)
+
+    def compared(decoder, *inputs):
+        calls.append(hidden(decoder, *inputs))
+        want = read_anew(small, decoder, canvas, order, True, *inputs)
+        if guidance != 1:
+            null = read_anew(small, decoder, canvas, without_start, False, *inputs)
+            assert (null - want).abs().max() > 1e-3
+            want = null + guidance * (want - null)
+        assert torch.allclose(calls[-1], want, atol=1e-4), (calls[-1] - want).abs().max()
+        return calls[-1]
+    monkeypatch.setattr(Decoder, "hidden", compared)
+    cfg = Sampling(block_length=block_length, strided=strided, steps=3, guidance_scale=guidance)
+    tokens = generate(small, canvas, cfg, generators("cpu", 1, [0, 1]))
+    assert torch.equal(tokens[:, known], canvas.idx[:, known])
+    assert len(calls) == 3 * plan(cfg, small.cfg, known).num_blocks
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "constrained_ddim"])
+def test_a_text_does_not_depend_on_its_batch(small, sampler):
+    canvas = Canvas(torch.arange(12), torch.arange(12) < 3, torch.arange(5))
+    cfg = Sampling(block_length=3, steps=4, sampler=sampler)
+    together, alone = (generate(small, canvas, cfg, generators("cpu", 1, rows)) for rows in (range(4), [2]))
+    assert torch.equal(together[2], alone[0]) and not torch.equal(together[1], alone[0])
+
+
+def test_writing_ends_with_the_block_in_which_the_last_text_has_ended(small):
+    """Up to there the texts are those that are written without an end, and nothing is written after it."""
+    canvas = Canvas(torch.full((12,), 7), torch.zeros(12, dtype=torch.bool), NOTHING)
+    cfg = Sampling(block_length=2, steps=3)
+    full = generate(small, canvas, cfg, generators("cpu", 1, range(3)))
+    firsts = {eot: (full == eot).int().argmax(1).tolist() for eot in range(50) if (full == eot).any(1).all()}
+    eot, first = min(firsts.items(), key=lambda item: max(item[1]))
+    end = max(first) // 2 * 2 + 2
+    made = generate(small, canvas, cfg, generators("cpu", 1, range(3)), eot=eot)
+    assert end < 12 and torch.equal(made[:, :end], full[:, :end]) and (made[:, end:] == 7).all()
+
+
+# ---- the bound ----
+
+def texts_of(idx, loss_mask=None, P=0):
+    prompt = torch.randint(50, (len(idx), P))
+    loss_mask = torch.ones_like(idx, dtype=torch.bool) if loss_mask is None else loss_mask
+    return Texts(idx, prompt, torch.ones_like(prompt, dtype=torch.bool), loss_mask)
+
+
+@pytest.mark.parametrize("block_length, strided, steps", [(1, False, 0), (4, False, 0), (4, True, 0), (0, False, 0)])
+def test_the_bound_of_an_untrained_network_is_the_unigram_cross_entropy(block_length, strided, steps):
+    """At initialisation the network is the context-free posterior, and nothing can be better on independent tokens."""
+    torch.manual_seed(0)
+    log_p = (1.5 * torch.randn(50)).log_softmax(0)
+    net = SunFish(ModelConfig(n_layer=1, n_head=2, n_embd=16, token_dim=16, block_size=12), 50, log_p)
+    idx = torch.multinomial(log_p.exp(), 2000 * 12, replacement=True).view(2000, 12)
+    row = bound(net, texts_of(idx), 500, block_length, strided, steps)
+    nll = -log_p[idx].mean().item()
+    assert abs(row["bound"] - nll) < 4 * row["bound_error"] + row["prior"] < 0.25, (row, nll)
+    assert row["bound"] == pytest.approx(row["reconstruction"] + row["diffusion"] + row["prior"])
+    assert (row["diffusion"] == 0) == (block_length == 1) and 0 < row["prior"] < 0.02
+
+
+@torch.no_grad()
+def bound_by_hand(net, texts, order, steps, passes):
+    """The bound in nats a token by likelihood_bound, with a network that reads its guess so often."""
+    E, alpha_bar, B = net.embedding(), diffusion.subsample(net.alpha_bar(), steps), len(texts.idx)
+    prompt = net.encode_prompt(texts.prompt, texts.prompt_mask, E)
+
+    def predict(x_t, log_snr):
+        guess = None
+        for _ in range(passes):
+            h = net.denoise(E[texts.idx], x_t, log_snr, order.expand(B, -1), prompt, E, guess)
+            guess, logits = net.predict(h, x_t, log_snr, E)
+        return guess, logits
+    t = diffusion.stratified(B, steps, order, diffusion.generator("cpu", "bound"))
+    rng = [diffusion.generator("cpu", "bound", i) for i in range(B)]
+    draw = diffusion.likelihood_bound(predict, E, texts.idx, alpha_bar, t, rng)
+    return (draw.total() * texts.loss_mask).sum().item() / texts.loss_mask.sum().item()
+
+
+MIDDLE = (torch.arange(12) >= 2) & (torch.arange(12) < 9)
+CASES = {"one by one": (1, False, False, torch.arange(12)), "blocks": (4, False, False, torch.arange(12) // 4),
+         "strided": (4, True, False, torch.arange(12) % 3), "window": (0, False, False, 0 * torch.arange(12)),
+         "example": (3, False, True, torch.tensor([-1, -1, 0, 1, 1, 1, 2, 2, 2, LATER, LATER, LATER]))}
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("case", CASES)
+def test_the_bound_is_that_of_its_blocks_and_reads_a_guess_if_there_are_steps_to_make_one(small, case, steps):
+    block_length, strided, is_example, order = CASES[case]
+    torch.manual_seed(1)
+    mask = MIDDLE.expand(40, -1) if is_example else None
+    texts = texts_of(torch.randint(50, (40, 12)), mask, P=4)
+    found = bound(small, texts, 40, block_length, strided, steps)["bound"]
+    one, two = (bound_by_hand(small, texts, order, steps, passes) for passes in (1, 2))
+    assert abs(one - two) > 0.01 and found == pytest.approx(two if steps > 1 else one, abs=1e-4)
+    if case != "window":                                                # and other blocks would not do
+        other = (order * 5 + 3) % 11
+        assert abs(bound_by_hand(small, texts, other, steps, 1 + (steps > 1)) - found) > 0.01
+
+
+def test_the_size_of_a_batch_changes_nothing_about_the_bound(small, monkeypatch):
+    torch.manual_seed(1)
+    texts = texts_of(torch.randint(50, (20, 12)), torch.arange(12) < torch.randint(3, 13, (20, 1)), P=4)
+    want = bound(small, texts, 20, 4, steps=5)
+    assert bound(small, texts, 3, 4, steps=5) == pytest.approx(want, abs=1e-5)
+    monkeypatch.setattr(g, "MAX_SCORES", 2 * 12 * 64)
+    assert bound(small, texts, 20, 4, steps=5) == pytest.approx(want, abs=1e-5)
+
+
+def test_the_bound_of_one_step_for_a_token_is_the_default_of_the_limit_and_all_levels_of_the_rest(small):
+    texts = texts_of(torch.randint(50, (8, 12)))
+    assert bound(small, texts, 8, 1) == bound(small, texts, 8, 1, steps=1)
+    assert bound(small, texts, 8, 4) == bound(small, texts, 8, 4, steps=1000)
