@@ -1,9 +1,9 @@
-"""Faults of training, provoked for real: kills, full disks, damaged files, signals, bad shards, NaN. Faults of the other
-scripts stand beside their subjects; the README's table names the test for each row.
+"""Faults of training, provoked for real: kills, full disks, damaged files, signals, bad shards, NaN. Those of several
+processes are in test_parallel.py, those of the other scripts beside their subjects.
 
-Not provoked here: CUDA running out of memory and a GPU without bfloat16 (no GPU: the handler is tested, not the fault), a
-read-only file system (tests may run as root, whom no mode bits stop: a folder that cannot be made stands for it), and the
-death of a machine among several.
+Not provoked here: CUDA running out of memory and a GPU without bfloat16 (no GPU: the handler is tested, not the
+fault), a read-only file system (tests may run as root, whom no mode bits stop: a folder that cannot be made stands for
+it), and the death of a machine among several.
 """
 import contextlib
 import json
@@ -22,10 +22,11 @@ import pytest
 import torch
 from conftest import ROOT, SIZE, call, losses, run
 
+import checkpoint
 import configurator
+import data
 import train
-from model import read_checkpoint
-from prepare_fineweb import write_shard
+from data import write_shard
 
 
 @pytest.fixture
@@ -44,6 +45,8 @@ def checkpoints(folder):
     return sorted(path.name for path in folder.glob("ckpt*"))
 
 
+# ---- kills and signals ----
+
 def child(args):
     """train.py in a fork of this process, which saves the seconds of importing torch; its output is dropped."""
     def main():
@@ -54,15 +57,16 @@ def child(args):
     return process
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(command, tmp_path):
-    """Saving after every step; every other kill waits for a save to be under way. In a folder with spaces and an umlaut."""
-    args = [*command[1:], "--max_steps=150", "--save_interval=1", "--log_interval=1"]
+    """Saving after every step; every other kill waits for a save to be under way. In a folder with spaces and ü."""
+    args, last = [*command[1:], "--max_steps=40", "--save_interval=1"], "ckpt_00000040.pt"
     whole, killed = tmp_path / "whole", tmp_path / "nach und nach zurück"
-    child([*args, f"--out_dir={whole}"]).join()
+    undisturbed = child([*args, f"--out_dir={whole}"])
     choose, kills, stumps = random.Random(0), 0, 0
     while kills < 20:
-        process = child([*args, f"--out_dir={killed}", "--resume=True"])
-        process.join(choose.uniform(0.1, 0.6))
+        process = child([*args, f"--out_dir={killed}", "--resume"])
+        process.join(choose.uniform(0.1, 0.4))
         while kills % 2 and process.is_alive() and not list(killed.glob("*.tmp")):
             pass
         if process.is_alive():
@@ -72,51 +76,59 @@ def test_twenty_kills_at_random_moments_change_nothing(command, tmp_path):
             stumps += len(list(killed.glob("*.tmp")))
         else:                                           # finished too soon: go back to an older checkpoint and on
             assert process.exitcode == 0
-            (killed / "ckpt_00000150.pt").unlink()
+            (killed / last).unlink()
     assert stumps >= 5, "hardly a kill met a save"
-    child([*args, f"--out_dir={killed}", "--resume=True"]).join()
-    assert losses(killed) == losses(whole) and len(losses(whole)) == 150
-    a, b = (read_checkpoint(folder / "ckpt_00000150.pt") for folder in (whole, killed))
+    child([*args, f"--out_dir={killed}", "--resume"]).join()
+    undisturbed.join()
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 40
+    a, b = (checkpoint.read(folder / last) for folder in (whole, killed))
     for part in ("model", "ema"):
         assert all(torch.equal(x, b[part][name]) for name, x in a[part].items())
     assert all(torch.equal(x[key], b["optimizer"]["state"][name][key])
                for name, x in a["optimizer"]["state"].items() for key in x)
-    assert checkpoints(killed) == ["ckpt_00000149.pt", "ckpt_00000150.pt"]
+    assert checkpoints(killed) == ["ckpt_00000039.pt", last]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_a_second_one_leaves_at_once(command, tmp_path, number, code):
-    process = subprocess.Popen([sys.executable, *command, "--max_steps=1000000"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not process.stdout.readline().startswith("step 3/"):
-        assert process.poll() is None
-    process.send_signal(number)
+def started(command, line):
+    """train.py as a process of its own that has printed this line."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith(line):
+        assert process.poll() is None, process.stderr.read()
+    return process
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_and_says_so(command, tmp_path):
+    process = started([*command, "--max_steps=1000000"], "step 3/")
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     step = len(losses(tmp_path / "run"))
-    assert process.returncode == code and f"saved step {step}" in out and "Traceback" not in err
-    assert checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt"]
+    assert process.returncode == 130 and f"saved step {step} in" in out and "--resume goes on" in out
+    assert "Traceback" not in err and checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt"]
 
-    slow = [*command, "--resume=True", "--max_steps=1000000", "--batch_tokens=1280000"]      # seconds a step
-    slow[slow.index("--batch_tokens=128")] = "--batch_tokens=128"
-    process = subprocess.Popen([sys.executable, *slow, f"--out_dir={tmp_path / 'slow'}"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not process.stdout.readline().startswith("model:"):
-        assert process.poll() is None
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once(command, tmp_path):
+    process = started([*command, "--max_steps=2", "--batch_tokens=1280000"], "step:")       # a step takes a minute
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     while "again to leave at once" not in process.stderr.readline():
         assert process.poll() is None
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=5)
-    assert process.returncode == -number and checkpoints(tmp_path / "slow") == []
+    assert process.returncode == -signal.SIGTERM and checkpoints(tmp_path / "run") == []
 
 
+# ---- checkpoints ----
+
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_saving(command, trained):
     """With a limit on the size of files, which fails as a full disk does: torch.save raises RuntimeError."""
     size = (trained / "ckpt_00000004.pt").stat().st_size
-    limit = size // 2
-    again = [*command, "--resume=True", "--max_steps=8", "--save_interval=2"]
-    err = run(again, code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))).stderr
+    again = [*command, "--resume", "--max_steps=8", "--save_interval=2"]
+    limit = (size // 2, size // 2)
+    err = run(again, code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)).stderr
     assert "could not write" in err and "ckpt_00000006.pt" in err and "free some space" in err
     needed = int(err.split("it needs ")[1].split(" bytes")[0].replace(",", ""))
     assert 0.5 < needed / size <= 1
@@ -126,22 +138,22 @@ def test_a_disk_that_fills_up_while_saving(command, trained):
 
 def replace(path, **content):
     """Another file in the place of a checkpoint; not written over it, as its tensors are mapped from there."""
-    torch.save({**read_checkpoint(path), **content}, path.with_suffix(".new"))
+    torch.save({**checkpoint.read(path), **content}, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
 def damage(path, how):
-    data = bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes())
     if how == "one bit":
-        at = data.index(read_checkpoint(path)["model"]["table"].numpy().tobytes()[:64])
-        data[at + 5] ^= 1
-    path.write_bytes(data[:len(data) // 2] if how == "half" else b"" if how == "nothing" else data)
+        at = content.index(checkpoint.read(path)["model"]["wte"].numpy().tobytes()[:64])
+        content[at + 5] ^= 1
+    path.write_bytes(content[:len(content) // 2] if how == "half" else b"" if how == "nothing" else content)
 
 
 @pytest.mark.parametrize("how", ["one bit", "half", "nothing"])
 def test_a_damaged_checkpoint_is_passed_over_and_never_counts_again(command, trained, how):
     damage(trained / "ckpt_00000004.pt", how)
-    again = [*command, "--resume=True", "--max_steps=6", "--save_interval=2"]
+    again = [*command, "--resume", "--max_steps=6", "--save_interval=2"]
     out = call(again)
     assert "ckpt_00000004.pt" in out.stderr and "warning" in out.stderr and "resuming at step 3" in out.stdout
     assert len(losses(trained)) == 6
@@ -152,14 +164,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_never_counts_again(command, tra
     assert len(losses(trained)) == 6, "nothing was started from scratch"
 
 
-def test_a_checkpoint_that_runs_code_is_refused_by_resume(command, trained):
+def test_a_checkpoint_that_runs_code_is_refused(command, trained):
     class Bomb:
         def __reduce__(self):
             return os.system, (f"touch {trained / 'sentinel'}",)
     for path in trained.glob("ckpt*"):
         replace(path, wandb_id=Bomb())
-    assert "no sound checkpoint" in call([*command, "--resume=True", "--max_steps=5"], code=1).stderr
-    assert not (trained / "sentinel").exists()
+    for args in (["--resume"], [f"--init_from={trained}", f"--out_dir={trained / 'new'}"]):
+        assert "no sound checkpoint" in call([*command, *args, "--max_steps=5"], code=1).stderr
+    assert not (trained / "sentinel").exists() and not (trained / "new").exists()
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(command, trained):
+    for path in trained.glob("ckpt*"):
+        replace(path, format=4)
+    for args in (["--resume"], [f"--init_from={trained}", f"--out_dir={trained / 'new'}"]):
+        err = call([*command, *args, "--max_steps=5"], code=2).stderr
+        assert "format 4, and this code reads format 5" in err and "train again" in err and err.count("\n") == 1
+    assert len(checkpoints(trained)) == 2 and not (trained / "new").exists()
 
 
 def test_other_data_is_refused_naming_both(command, trained, shards, tmp_path):
@@ -168,99 +190,8 @@ def test_other_data_is_refused_naming_both(command, trained, shards, tmp_path):
     meta["label"] += " changed"
     meta["shards"][0]["blake2b"] = "0" * 32
     (other / "meta.json").write_text(json.dumps(meta))
-    err = call([*command, "--resume=True", "--max_steps=5", f"--dataset={other}"], code=2).stderr
+    err = call([*command, "--resume", "--max_steps=5", f"--dataset={other}"], code=2).stderr
     assert "changed" in err and err.count("text.jsonl") == 2 and "resume with that --dataset" in err
-
-
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_an_id_out_of_range_never_reaches_the_device(command, shards, tmp_path, compiled):
-    """Compiled CPU code would abort the process, and CUDA lose its context."""
-    bad = shutil.copytree(shards, tmp_path / "bad")
-    [path] = bad.glob("train*.bin")
-    cfg = configurator.load(train.Config, command[1:])
-    windows = train.Windows(bad, "train", cfg, 300)
-    drawn = train.permute(2 * cfg.samples + 3, len(windows), train.mix(cfg.seed, 0))        # in the third step
-    data = np.fromfile(path, "<u2")
-    data[512 + 16 * drawn + 5] = 300
-    data.tofile(path)
-    err = call([*command, f"--dataset={bad}", "--max_steps=9", f"--compile={compiled}"], code=2).stderr
-    assert f"{path}: id 300 at token {16 * drawn + 5} is not below the vocabulary of 300" in err
-    assert len(losses(tmp_path / "run")) == 2
-
-
-def test_shards_of_another_tokenizer_are_refused_once(command, shards, tmp_path):
-    """Although the batches that were made ahead are as wrong."""
-    bad = shutil.copytree(shards, tmp_path / "bad")
-    for path in bad.glob("*.bin"):
-        data = np.fromfile(path, "<u2")
-        data[512:] = 300
-        data.tofile(path)
-    err = call([*command, f"--dataset={bad}"], code=2).stderr
-    assert err.count("error:") == 1 and "id 300 at token" in err
-
-
-def test_a_network_of_nan_stops_before_the_update(command, trained):
-    model = read_checkpoint(trained / "ckpt_00000004.pt")["model"]
-    replace(trained / "ckpt_00000004.pt", model={**model, "head.weight": model["head.weight"] * float("nan")})
-    err = call([*command, "--resume=True", "--max_steps=8"], code=1).stderr
-    assert "step 5: loss nan, gradient norm nan at lr" in err and "resume from step 4" in err
-    assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"] and len(losses(trained)) == 4
-
-
-def test_an_infinite_gradient_stops_before_the_update(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
-    assert "gradient norm inf" in call([*command, "--max_steps=2"], code=1).stderr and not checkpoints(tmp_path / "run")
-
-
-def test_out_of_memory_says_what_to_change(command, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "train_step", full)
-    err = call([*command, "--max_steps=2"], code=1).stderr
-    assert "out of memory with 4 sequences of 16 tokens, peak" in err and "halve batch_size" in err
-
-
-def test_no_compiler_is_a_mistake_if_asked_for_and_a_remark_if_not(command, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no C++ compiler" in call([*command, "--compile=true"], code=2).stderr and not (tmp_path / "run").exists()
-    assert "compile False" in call([*command, "--max_steps=1"]).stdout
-
-
-def test_wandb_without_an_account_leaves_nothing_and_never_stops_a_run(command, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    err = run([*command, "--wandb_log=True"], code=2, env={**os.environ, "HOME": str(tmp_path)}).stderr
-    assert "run `wandb login` or set WANDB_MODE=offline" in err and not (tmp_path / "run").exists()
-
-    class Broken:
-        id = "broken"
-
-        def log(self, *args, **kwargs):
-            raise BrokenPipeError("the service died")
-    monkeypatch.setattr(wandb, "login", lambda: True)
-    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
-    out = call([*command, "--wandb_log=True", "--max_steps=3"])
-    assert out.stderr.count("Weights & Biases is given up (BrokenPipeError") == 1 and len(losses(tmp_path / "run")) == 3
-
-
-def test_two_trainers_in_one_folder(command, trained):
-    with train.lock(trained / "log.jsonl"):
-        assert "another train.py is at work" in run([*command, "--resume=True", "--max_steps=9"], code=2).stderr
-    assert len(losses(trained)) == 4
-
-
-def test_an_out_dir_that_cannot_be_written(command, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "cannot write to out_dir" in call([*command, f"--out_dir={tmp_path / 'file' / 'run'}"], code=2).stderr
-
-
-def test_a_row_that_was_cut_short_is_dropped_and_the_others_stay(command, trained):
-    with open(trained / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
-    call([*command, "--resume=True", "--max_steps=6"])
-    assert len(losses(trained)) == 6
 
 
 def test_only_so_many_checkpoints_are_kept(command, tmp_path):
@@ -268,23 +199,127 @@ def test_only_so_many_checkpoints_are_kept(command, tmp_path):
     assert checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt" for step in (4, 7, 8, 9)]
 
 
+# ---- tokens and numbers ----
+
+def test_an_id_out_of_range_never_reaches_the_device(command, shards, tmp_path):
+    """Compiled CPU code would abort the process, and CUDA lose its context."""
+    bad = shutil.copytree(shards, tmp_path / "bad")
+    [path] = bad.glob("train*.bin")
+    cfg = configurator.load(train.Config, command[1:])
+    drawn = data.window_numbers(cfg, len(data.Dataset(bad, "train", cfg, 300)), 2)[3]       # in the third step
+    content = np.fromfile(path, "<u2")
+    content[512 + 16 * drawn + 5] = 300
+    content.tofile(path)
+    err = call([*command, f"--dataset={bad}", "--max_steps=9"], code=2).stderr
+    assert f"{path}: id 300 at token {16 * drawn + 5} is not below the vocabulary of 300" in err
+    assert len(losses(tmp_path / "run")) == 2 and err.count("error:") == 1
+
+
+def test_a_network_of_nan_stops_before_the_update(command, trained):
+    weights = checkpoint.read(trained / "ckpt_00000004.pt")["model"]
+    replace(trained / "ckpt_00000004.pt", model={**weights, "head.weight": weights["head.weight"] * float("nan")})
+    err = call([*command, "--resume", "--max_steps=8"], code=1).stderr
+    assert "step 5: loss nan, gradient norm nan at learning rate" in err and "resume from the last checkpoint" in err
+    assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"] and len(losses(trained)) == 4
+
+
+def test_an_infinite_gradient_stops_before_the_update(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("updated"))
+    err = call([*command, "--max_steps=2"], code=1).stderr
+    assert "gradient norm inf" in err and "nothing was updated" in err and not checkpoints(tmp_path / "run")
+
+
+def test_out_of_memory_says_what_to_change(command, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(train.DiffusionLoss, "forward", full)
+    err = call([*command, "--max_steps=2"], code=1).stderr
+    assert "out of memory with 4 sequences of 16 tokens, peak" in err and "halve batch_size" in err
+
+
+# ---- the machine and the folder ----
+
+def test_no_compiler_is_a_mistake_if_asked_for_and_a_remark_if_not(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in call([*command, "--compile=true"], code=2).stderr and not (tmp_path / "run").exists()
+    assert "compile false" in call([*command, "--max_steps=1"]).stdout
+
+
+@pytest.mark.slow
+def test_wandb_without_an_account_leaves_nothing(command, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    err = run([*command, "--wandb_log"], code=2, env={**os.environ, "HOME": str(tmp_path)}).stderr
+    assert "run `wandb login` or set WANDB_MODE=offline" in err and not (tmp_path / "run").exists()
+
+
+def test_wandb_never_stops_a_run(command, tmp_path, monkeypatch):
+    wandb, rows = pytest.importorskip("wandb"), []
+
+    class Broken:
+        id = "broken"
+
+        def log(self, row, step):
+            rows.append((step, set(row)))
+            if step == 2:
+                raise BrokenPipeError("the service died")
+    monkeypatch.setattr(wandb, "login", lambda: True)
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    out = call([*command, "--wandb_log", "--max_steps=3"])
+    assert out.stderr.count("Weights & Biases is given up (BrokenPipeError") == 1 and len(losses(tmp_path / "run")) == 3
+    assert [step for step, _ in rows] == [1, 2] and {"loss", "lr", "grad_norm"} <= rows[0][1]
+
+
+def test_two_trainers_in_one_folder(command, trained):
+    with train.lock(trained / "log.jsonl"):
+        assert "another process is at work" in call([*command, "--resume", "--max_steps=9"], code=2).stderr
+    assert len(losses(trained)) == 4
+
+
+def test_an_out_dir_that_cannot_be_written(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    out_dir = tmp_path / "file" / "run"
+    err = call([*command, f"--out_dir={out_dir}"], code=2).stderr
+    assert f"cannot write to {out_dir}" in err and "choose another" in err and err.count("\n") == 1
+
+
+def test_a_row_that_was_cut_short_is_dropped_and_the_others_stay(command, trained):
+    with open(trained / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    call([*command, "--resume", "--max_steps=6"])
+    assert len(losses(trained)) == 6
+
+
 def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypatch):
-    make_batch = train.make_batch
-    monkeypatch.setattr(train, "make_batch", lambda *args: (time.sleep(0.1), make_batch(*args))[1])
+    def slow(*args):
+        for batch in data.step_batches(*args):
+            time.sleep(0.1)
+            yield batch
+    monkeypatch.setattr(train, "step_batches", slow)
     out = call([*command, "--max_steps=2"]).stdout
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert row["step_ms"] > row["data_ms"] > 100 and f"data {row['data_ms']:.0f} ms" in out      # two batches, made ahead of little work
+    assert row["step_ms"] > row["data_ms"] > 100                        # two batches, made beside little work
+    assert f"data {row['data_ms']:.0f} ms" in out
 
 
 @pytest.mark.parametrize("how, words", [
     ("one byte less", "found 20240520, 1, 17,726 and 36,475"), ("nothing left", "found 0, 0, 0 and 0"),
-    ("no shards", "no data for"), ("val gone", "no val shards"), ("short", "no train shard holds a window of block_size=16")])
+    ("no shards", "no data for"), ("val gone", "val_000000.bin is missing"), ("no val", "no val shards"),
+    ("short", "no train shard holds a window of block_size=16")])
 def test_shards_that_cannot_be_trained_on_are_refused_at_the_start(command, shards, tmp_path, how, words):
     bad = shutil.copytree(shards, tmp_path / "bad")
     [train_shard], [val_shard] = bad.glob("train*.bin"), bad.glob("val*.bin")
-    data = train_shard.read_bytes()
-    {"one byte less": lambda: train_shard.write_bytes(data[:-1]), "nothing left": lambda: train_shard.write_bytes(b""),
-     "no shards": train_shard.unlink, "val gone": val_shard.unlink,
-     "short": lambda: write_shard(train_shard, np.arange(9))}[how]()
+    content = {"one byte less": train_shard.read_bytes()[:-1], "nothing left": b""}
+    if how in content:
+        train_shard.write_bytes(content[how])
+    elif how == "short":
+        write_shard(train_shard, np.arange(9))
+    else:
+        (train_shard if how == "no shards" else val_shard).unlink()
+    if how == "no val":
+        (bad / "meta.json").unlink()
     err = call([*command, f"--dataset={bad}"], code=2).stderr
     assert words in err and str(bad) in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()

@@ -305,8 +305,8 @@ def test_evaluation_is_logged_and_printed(shards, tmp_path):
     row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert {"bound_error", "bound_error_single"} <= set(row) and row["step"] == 2
     assert row["bound"] == pytest.approx(row["reconstruction"] + row["diffusion"] + row["prior"])
-    texts = [f"{name}: {text}" for name, text in row["text"]]
-    assert len(texts) == 3 and "truth: [" in texts[2]
+    texts = [f"{name}: {text}" for name, text in row["text"]]           # a free one, and what becomes of held-out text
+    assert len(texts) > 1 and "truth: " in texts[-1]
     for words in (f"at most {row['bound']:.3f} +-", f"and {row['bound_single']:.3f} +-", "in blocks of 8", *texts):
         assert words in out
     assert "done: step 2" in out and f"--checkpoint={tmp_path}" in out
