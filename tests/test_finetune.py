@@ -1,20 +1,24 @@
 """Answers to instructions and adapters: what counts, what is seen, what changes, what is kept, and what is refused."""
-import contextlib
-import dataclasses
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, SIZE, call, losses
+from conftest import PAIRS, SIZE, call, losses, wake
 
+import checkpoint as ckpt
 import configurator
-import prepare_fineweb
+import data
+import generate
+import sample
 import train
-from model import LoRA, SunFish, add_lora, find_checkpoint, fingerprint, load_model, merge_lora, merged
+from machine import Machine
+from model import LoRA, SunFish, add_lora, merge_lora
 
-WIDER = ["--block_size=32", "--prompt_size=16", "--batch_tokens=512", "--p_given=0", "--p_whole=0", "--p_spans=0", "--streams=1"]
+MIXTURE = ["--p_window=0", "--p_strided=0", "--p_given=0"]           # as in config/finetune_instruct.py
+WIDER = ["--block_size=32", "--prompt_size=16", "--batch_tokens=512", *MIXTURE]
 
 
 def config(*args):
@@ -23,7 +27,7 @@ def config(*args):
 
 @pytest.fixture(scope="module")
 def examples(pairs):
-    return train.Examples(pairs, "train", config(), 300)
+    return data.Dataset(pairs, "train", config(), 300)
 
 
 @pytest.fixture
@@ -35,178 +39,168 @@ def command(base, pairs):
 def answering(base, pairs, tmp_path_factory):
     """A network trained on the three instructions until it knows their responses."""
     folder = tmp_path_factory.mktemp("answering")
-    call(["train.py", *SIZE, *WIDER, f"--dataset={pairs}", f"--init_from={base}", f"--out_dir={folder}", "--max_steps=150", "--batch_size=16",
-          "--learning_rate=1e-2", "--warmup_steps=10"])
+    call(["train.py", *SIZE, *WIDER, f"--dataset={pairs}", f"--init_from={base}", f"--out_dir={folder}",
+          "--max_steps=150", "--batch_size=16", "--learning_rate=1e-2", "--warmup_steps=10", "--log_interval=50"])
     return folder
 
 
-def test_examples_begin_with_their_instruction_as_a_prompt_does_and_end_with_end_of_text(examples, pairs):
-    encoding = prepare_fineweb.get_tokenizer(prepare_fineweb.read_meta(pairs)["tokenizer"])
-    from sample import Config, make_canvas
-    for i in range(9):
-        (instruction, response), item = examples.texts(i), examples[i]
-        question = encoding.decode(instruction[1:].tolist()).removesuffix("\n\nAnswer:")
-        assert encoding.decode(response[:-1].tolist()) == " " + PAIRS[question] and response[-1] == encoding.eot_token
-        idx, known, prompt = make_canvas(Config(), examples.cfg, question, encoding, answers=True)
-        assert idx[known].tolist() == item.idx[:item.begun].tolist() and prompt.tolist() == item.before.tolist()
-        assert item.idx[item.begun:item.end].tolist() == response.tolist() and not item.idx[item.end:].any()
+def ask(place, question, *args, code=0):
+    args = [f"--checkpoint={place}", "--device=cpu", "--dtype=float32", "--prompt", question, *args]
+    return call(["sample.py", *args], code)
 
 
-def test_long_instructions_stand_before_the_window_and_long_responses_are_cut():
-    cfg = config()
-    for n, m in ((10, 5), (16, 16), (16, 40), (20, 5), (32, 40)):
-        instruction, response = torch.arange(n), 100 + torch.arange(m)
-        item = train.place_example(cfg, instruction, response)
-        text = torch.cat((item.before, item.idx[:item.end]))
-        assert item.begun == min(n, 16) and len(item.idx) == 32 and item.end == min(32, item.begun + m)
-        assert text.tolist() == torch.cat((instruction, response[:item.end - item.begun])).tolist()
+# ---- instructions ----
+
+def test_an_instruction_is_trained_on_as_a_prompt_is_written_after(examples, pairs):
+    tokenizer = data.get_tokenizer(data.read_meta(pairs)["tokenizer"])
+    texts, given = examples.read(np.arange(9))
+    for idx, prompt, seen, counts, n in zip(*texts, given, strict=True):
+        question = tokenizer.decode([*prompt[seen].tolist(), *idx[:n].tolist()][1:]).removesuffix("\n\nAnswer:")
+        response = idx[counts].tolist()
+        assert tokenizer.decode(response[:-1]) == " " + PAIRS[question] and response[-1] == tokenizer.eot_token
+        canvas = generate.prompt_canvas(sample.encode_prompt(question, tokenizer, True), 0, config())
+        assert torch.equal(canvas.idx[canvas.known], idx[:n]) and torch.equal(canvas.prompt, prompt[seen])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("args, withheld", [([], False), (["--conditioning_dropout=1"], True)])
-def test_only_the_response_counts_and_padding_is_never_read(examples, small, args, withheld):
+@pytest.mark.parametrize("withheld", [False, True])
+def test_only_the_response_counts_and_padding_is_never_read(examples, withheld):
     """Other padding changes nothing; another instruction changes the loss, unless it is withheld."""
-    cfg = config("--conditioning_dropout=0", "--self_conditioning=0", *args)
-    small.cfg = dataclasses.replace(small.cfg, block_size=32, prompt_size=16)
-    table = torch.nn.Embedding(320, 16).weight
-    small.table, small.vocab_size, small.log_unigram = torch.nn.Parameter(table), 300, torch.zeros(320)
-    small.head = torch.nn.Linear(32, 320)
-    batch, places = train.make_batch(cfg, examples, 0, range(4), "cpu"), torch.arange(32)
-    items = [examples.read(train.permute(i, len(examples), train.mix(cfg.seed, 0))) for i in range(4)]
-    assert batch.counts.tolist() == [((places >= item.begun) & (places < item.end)).tolist() for item in items]
-    ends = torch.tensor([item.end for item in items])[:, None]
+    cfg = config("--self_conditioning=0", f"--conditioning_dropout={int(withheld)}")
+    torch.manual_seed(0)
+    loss_of = train.DiffusionLoss(wake(SunFish(cfg, 300)))
+    batch, pos = data.make_batch(cfg, examples, 0, range(8), "cpu"), torch.arange(32)
+    begins, back = (mask.int().argmax(1, keepdim=True) for mask in (batch.loss_mask, batch.loss_mask.flip(1)))
+    ends = 32 - back
+    assert torch.equal(batch.loss_mask, (pos >= begins) & (pos < ends)) and (begins > 0).all() and (ends < 32).all()
 
-    def loss(idx):
-        return train.DenoisingLoss(small, cfg)(batch._replace(idx=idx))[0].item()
-    want, padding, before = loss(batch.idx), places >= ends, (places < ends) & ~batch.counts
-    assert loss(torch.where(padding, 77, batch.idx)) == pytest.approx(want, rel=1e-6)
-    assert (loss(torch.where(before, 77, batch.idx)) == pytest.approx(want, rel=1e-6)) == withheld
-    assert loss(torch.where(batch.counts, 77, batch.idx)) != pytest.approx(want, rel=1e-3)
+    def loss(where, prompt=batch.prompt):
+        return loss_of(batch._replace(idx=torch.where(where, 77, batch.idx), prompt=prompt))[0].item()
+    want = loss(pos < 0)
+    assert loss(pos >= ends) == pytest.approx(want, rel=1e-6) != pytest.approx(loss(batch.loss_mask), rel=1e-3)
+    assert (loss(pos < begins, (batch.prompt + 1) % 300) == pytest.approx(want, rel=1e-6)) == withheld
 
 
 def test_the_gradient_is_of_the_mean_over_the_tokens_that_count(examples):
     """However the step is cut, although its parts have unequal numbers of them."""
-    found = []
+    found, unigram = [], examples.log_unigram()
     for size in (16, 4):
-        cfg = config(f"--batch_size={size}", "--conditioning_dropout=0")
+        cfg = config(f"--batch_size={size}", "--p_single=1", "--self_conditioning=0", "--grad_clip=0")
         torch.manual_seed(0)
-        net = SunFish(cfg, 300, examples.unigram())
-        batches = train.batches_ahead(cfg, examples, 0, "cpu")
-        loss, _ = train.train_step(train.DenoisingLoss(net, cfg), cfg, batches, "cpu", contextlib.nullcontext)
-        found.append((loss, net.head.bias.grad))
-    batch = train.make_batch(cfg, examples, 0, range(16), "cpu")
-    p, counted = examples.unigram().exp(), batch.idx[batch.counts]
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-6)
-    assert found[0][0] == pytest.approx(-p.log()[counted].mean().item(), rel=0.01)          # the noise hides all but a trace
-    want = p - torch.bincount(counted, minlength=300) / len(counted)                        # of a unigram model
-    assert (found[0][1][:300] - want).abs().max() < 0.01 < want.abs().max()
+        net = SunFish(cfg, 300, unigram)
+        descent, machine = torch.optim.SGD(net.parameters(), lr=1.0), Machine(torch.device("cpu"), torch.float32, False)
+        batches = data.step_batches(cfg, examples, 0, cfg.micro_batches(), "cpu")
+        loss, _ = train.train_step(train.DiffusionLoss(net), descent, batches, cfg, 0, machine)
+        found.append((loss, -net.head.bias.detach()))                           # which was zero
+    (loss, grad), (other_loss, other_grad) = found
+    assert loss == pytest.approx(other_loss, rel=1e-6) and torch.allclose(grad, other_grad, atol=1e-6)
+    batch = data.make_batch(cfg, examples, 0, range(16), "cpu")
+    counted = batch.idx[batch.loss_mask]
+    assert loss == pytest.approx(-unigram[counted].mean().item(), rel=0.01)     # the noise hides all but a trace
+    want = unigram.exp() - torch.bincount(counted, minlength=300) / len(counted)
+    assert (grad[:300] - want).abs().max() < 0.01 < want.abs().max()            # that of a unigram model
 
 
-def test_the_bound_of_a_response_knows_its_instruction(answering, examples, pairs):
-    """Of an untrained network it is the unigram cross-entropy of the responses; of a trained one it is lost with another instruction."""
-    val = train.Examples(pairs, "val", examples.cfg, 300)
-    idx, rest = train.eval_examples(val, 400)
-    torch.manual_seed(0)
-    untrained = SunFish(val.cfg, 300, examples.unigram())
-    row = train.measure(untrained, idx, 70, 1, bands=0, **rest)
-    assert row["reconstruction"] == pytest.approx(-examples.unigram()[idx[rest["counts"]]].mean().item(), rel=0.01)
-    model = load_model(find_checkpoint(answering)[1])
-    texts = [val.texts(i % len(val)) for i in range(24)]
-    wrong = [(texts[i - 1][0], response) for i, (_, response) in enumerate(texts)]
-    rows = []
-    for some in (texts, wrong):
-        idx, rest = train.stack_examples(val.cfg, [train.place_example(val.cfg, *pair) for pair in some])
-        rows.append(train.measure(model, idx, 5, **rest))
-    assert rows[0]["reconstruction"] < 0.1 < 1 < rows[1]["reconstruction"]
+@pytest.mark.slow
+def test_the_bound_of_a_response_knows_its_instruction(answering, examples):
+    """An untrained network has the unigram cross-entropy; a trained one is lost with another instruction."""
+    texts, unigram = examples.spread(400), examples.log_unigram()
+    row = generate.bound(SunFish(config(), 300, unigram), texts, 70, 1)
+    assert row["bound"] == pytest.approx(-unigram[texts.idx[texts.loss_mask]].mean().item(), rel=0.01)
+    model = ckpt.load_model(ckpt.find(answering)[1])
+    texts, given = examples.read(np.arange(24))
+    rows = [torch.cat((texts.idx[i - 1][:given[i - 1]], texts.idx[i][texts.loss_mask[i]])) for i in range(24)]
+    begins, ends = given.roll(1)[:, None], torch.tensor([[len(row)] for row in rows])
+    idx = torch.stack([torch.nn.functional.pad(row, (0, 32 - len(row))) for row in rows])
+    counts = (torch.arange(32) >= begins) & (torch.arange(32) < ends)
+    swapped = data.Texts(idx, texts.prompt.roll(1, 0), texts.prompt_mask.roll(1, 0), counts)
+    for length in (1, 8):
+        right, wrong = (generate.bound(model, some, 5, length)["bound"] for some in (texts, swapped))
+        assert right < 0.1 < 1 < wrong, (length, right, wrong)
 
 
-def test_the_answer_is_the_response_and_ends_where_it_ends(answering):
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [8, 4, 1])
+def test_the_answer_is_the_response_and_ends_where_it_ends(answering, length):
     for question, response in PAIRS.items():
-        out = call(["sample.py", f"--checkpoint={answering}", "--prompt", question, "--temperature=0.1", "--guidance_scale=1", "--json=True"])
+        args = ["--temperature=0.1", "--guidance_scale=1", "--json", f"--block_length={length}"]
+        out = ask(answering, question, *args)
         assert json.loads(out.stdout)["text"] == response
-        written = int(out.stderr.split(" tokens written")[0].split()[-1])
-        assert written == int(out.stderr.split(" network calls")[0].split()[-1]) - 1 < 20       # one call is for the end
-    assert "1 token at a time" in out.stderr
-    for wrong in ("--streams=2", "--span_size=8"):
-        assert "token by token, until the answer ends" in call(["sample.py", f"--checkpoint={answering}", "--prompt=the dog", wrong], 2).stderr
-    assert call(["sample.py", f"--checkpoint={answering}", "--mode=infill", "--text=the [MASK:1]"]).stdout.startswith("the")
+        written, calls = (int(re.search(rf"(\d+) {what}", out.stderr)[1]) for what in ("tokens w", "network c"))
+        blocks = calls if length == 1 else calls / generate.BLOCK_STEPS
+        assert 0 <= blocks * length - (written + 1) < 2 * length, (written, calls)      # one token more is for the end
+    assert ask(answering, "", "--mode=infill", "--text=the [MASK:1]").stdout.startswith("the")
 
 
-def test_what_was_trained_on_another_way_is_refused(command, shards, base, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(shards, other)
+def test_what_was_trained_on_another_way_is_refused(command, shards, tmp_path):
+    other = shutil.copytree(shards, tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
-    meta["tokenizer"] = {"name": "gpt2"}
-    (other / "meta.json").write_text(json.dumps(meta))
-    for args, words in (([f"--dataset={other}"], "has the tokenizer gpt2"), (["--n_embd=64"], "n_embd=64 is 32 in init_from"),
-                        ([f"--init_from={tmp_path}"], "no checkpoint at init_from"), (["--init_from=", "--lora_rank=2"], "name it with --init_from"),
-                        (["--lora_rank=200"], "lora_rank=200 is more than n_embd=32"), (["--block_size=12"], "batch_tokens"),
-                        (["--span_size=0"], "reads nothing that is given")):
+    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": {"name": "gpt2"}}))
+    for args, words in (([f"--dataset={other}"], "has the tokenizer gpt2"),
+                        (["--n_embd=64"], "n_embd=64 is 32 in init_from"),
+                        ([f"--init_from={tmp_path}"], "no checkpoint at init_from"),
+                        (["--init_from=", "--lora_rank=2"], "name it with --init_from"),
+                        (["--lora_rank=200"], "lora_rank=200 is more than n_embd=32"),
+                        (["--block_size=12"], "batch_tokens")):
         err = call([*command, f"--out_dir={tmp_path / 'run'}", *args], code=2).stderr
         assert words in err and err.count("error:") == 1 and not (tmp_path / "run").exists(), err
 
 
-@pytest.mark.parametrize("args, want", [([], (32, 16, 8)), (["--block_size=64", "--prompt_size=64", "--span_size=4", "--batch_tokens=192"], (64, 64, 4))])
-def test_what_is_set_wins_over_the_network_although_it_is_the_default(answering, pairs, args, want):
-    """64 is the default of prompt_size; and a batch that would not fit the default of block_size fits what comes from the network."""
-    cfg = configurator.load(train.Config, ["--batch_tokens=96", f"--init_from={answering}", "--batch_size=1", *args])
-    cfg, found = train.begin_with(cfg)
-    assert (cfg.block_size, cfg.prompt_size, cfg.span_size) == want and cfg.n_layer == 2 and found["data"]["kind"] == "instructions"
-
-
-def test_no_first_guess_is_made_for_an_instruction_or_padding(examples):
-    cfg = config("--self_conditioning=1")
-    batch = train.make_batch(cfg, examples, 0, range(8), "cpu")
-    assert batch.guesses == 0 and (batch.t[batch.counts] == 1000).all() and (batch.t[~batch.counts] < 1000).any()
-
-
-def test_an_instruction_is_clean_whatever_else_is_given(examples):
-    cfg = config("--p_given=1", "--conditioning_dropout=0")
-    for i in range(16):
-        _, group, *_, counts = train.make_sample(cfg, examples, 0, i, "cpu")
-        begun = int((counts.cumsum(0) == 0).sum())
-        assert (group[:begun] == -1).all() and group[begun:].min() >= 0
+@pytest.mark.parametrize("args, want", [([], (16, 8)), (["--block_size=32", "--prompt_size=64"], (32, 64))])
+def test_what_is_set_wins_over_the_network_although_it_is_the_default(base, args, want):
+    """64 is the default of prompt_size; and a batch that would not fit the default of block_size fits the network's."""
+    args = ["--batch_tokens=96", f"--init_from={base}", "--batch_size=1", *args]
+    cfg, found = train.load_base(configurator.load(train.Config, args))
+    assert (cfg.block_size, cfg.prompt_size) == want and cfg.n_layer == 2 and found["step"] == 20
 
 
 def test_a_network_goes_on_with_the_weights_it_is_given(command, base, tmp_path):
     call([*command, f"--out_dir={tmp_path / 'run'}", "--max_steps=1", "--learning_rate=1e-12"])
-    before, after = find_checkpoint(base)[1]["ema"], find_checkpoint(tmp_path / "run")[1]
-    assert all(torch.allclose(after["ema"][name], before[name], atol=1e-6) for name in before)
+    before, after = ckpt.find(base)[1]["ema"], ckpt.find(tmp_path / "run")[1]
+    moved = {name for name, x in before.items() if not torch.allclose(after["ema"][name], x, atol=1e-6)}
+    assert moved <= {"schedule"}                                            # whose learning rate is its own
     assert after["config"]["block_size"] == 32 and after["data"]["kind"] == "instructions"
+
+
+def test_examples_without_a_network_to_begin_with_are_warned_about(command, tmp_path):
+    err = call([*command, "--init_from=", f"--out_dir={tmp_path / 'run'}", "--max_steps=1"]).stderr
+    assert "a new network learns from these examples alone" in err
 
 
 # ---- adapters ----
 
-def woken(model, rank=4, alpha=8.0):
+def adapted(model, rank=4, alpha=8.0):
+    """The network itself with adapters that change something."""
     add_lora(model, rank, alpha)
-    for layer in model.modules():
-        if isinstance(layer, LoRA):
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-    return model
+    return wake(model)
 
 
 @torch.no_grad()
 def test_merged_equals_unmerged(small):
-    inputs = torch.randn(2, 12, 16), torch.zeros(2, 12), torch.zeros(2, 12, 16)
-    plain, names = small(*inputs), list(small.state_dict())
-    adapted = woken(small)(*inputs)
+    def hidden():
+        torch.manual_seed(0)
+        idx, E, order = torch.randint(50, (2, 12)), small.embedding(), (torch.arange(12) // 4).expand(2, -1)
+        prompt = small.encode_prompt(idx[:, :4], idx[:, :4] >= 0, E)
+        return small.denoise(E[idx], torch.randn(2, 12, 16), torch.randn(2, 12), order, prompt, E)
+    plain, names = hidden(), list(small.state_dict())
+    adapted(small)
+    changed = hidden()
     merge_lora(small)
-    assert (plain - adapted)[..., :50].abs().max() > 0.1 and torch.allclose(small(*inputs), adapted, atol=1e-4)
-    assert list(small.state_dict()) == names and not any(isinstance(m, LoRA) for m in small.modules())
+    assert (plain - changed).abs().max() > 0.1 and torch.allclose(hidden(), changed, atol=1e-4)
+    assert list(small.state_dict()) == names and not any(isinstance(layer, LoRA) for layer in small.modules())
 
 
 def test_a_layer_equals_that_of_peft(small):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    woken(small)
-    mine = small.blocks[0].up
-    theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 128, bias=False)), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"]))
-    layer = theirs.base_model.model[0]
+    mine = adapted(small).layers[0].up
+    plain = torch.nn.Sequential(torch.nn.Linear(32, 128, bias=False))
+    layer = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"])).base_model.model[0]
     with torch.no_grad():
         layer.base_layer.weight.copy_(mine.weight)
         layer.lora_A["default"].weight.copy_(mine.lora_A)
         layer.lora_B["default"].weight.copy_(mine.lora_B)
     x = torch.randn(5, 32)
-    assert torch.allclose(mine(x), layer(x), atol=1e-5)
+    assert torch.allclose(mine(x), layer(x), atol=1e-5) and not torch.allclose(mine(x), x @ mine.weight.T, atol=1e-2)
     for net in (mine, layer):
         net(x).square().sum().backward()
     assert torch.allclose(mine.lora_A.grad, layer.lora_A["default"].weight.grad, atol=1e-3, rtol=1e-4)
@@ -214,58 +208,61 @@ def test_a_layer_equals_that_of_peft(small):
 
 
 def test_adapters_are_all_that_is_trained_and_kept(command, base, tmp_path):
-    args = [*command, "--lora_rank=2", "--learning_rate=1e-2", "--save_interval=4"]
-    call([*args, f"--out_dir={tmp_path / 'whole'}", "--max_steps=8"])
-    call([*args, f"--out_dir={tmp_path / 'parts'}", "--max_steps=8"])
-    (tmp_path / "parts" / "ckpt_00000008.pt").unlink()
-    call([*args, f"--out_dir={tmp_path / 'parts'}", "--max_steps=8", "--resume=True"])
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    found, kept = find_checkpoint(base)[1], find_checkpoint(tmp_path / "parts")[1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    args = [*command, "--lora_rank=2", "--learning_rate=1e-2", "--save_interval=4", "--p_single=1", "--max_steps=8"]
+    call([*args, f"--out_dir={whole}"])
+    shutil.copytree(whole, parts)
+    (parts / "ckpt_00000008.pt").unlink()
+    call([*args, f"--out_dir={parts}", "--resume"])
+    assert losses(whole) == losses(parts) and losses(parts)[8] < losses(parts)[1]
+    found, kept = ckpt.find(base)[1], ckpt.find(parts)[1]
     assert all(".lora_" in name for name in (*kept["ema"], *kept["model"])) and len(kept["ema"]) == 2 * 13
-    assert kept["base"] == fingerprint(found["ema"]) and kept["optimizer"]["state"]
-    network = merged(found, kept)
-    changed = [name for name, x in network["ema"].items() if not torch.equal(x, found["ema"][name])]
-    assert len(changed) == 13 and all(name.startswith("blocks.") for name in changed)
-    row = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
-    assert row[0]["loss"] > row[-2]["loss"]
-    out = call(["sample.py", f"--checkpoint={tmp_path / 'parts'}", "--prompt=the dog", "--seq_len=4"])         # the base is where it was
-    assert "ckpt_00000008.pt: step 8" in out.stderr
+    assert kept["base"] == ckpt.fingerprint(found["ema"]) and kept["optimizer"]["state"]
+    weights = ckpt.find_network(parts)[1]["ema"]
+    changed = [name for name, x in weights.items() if not torch.equal(x, found["ema"][name])]
+    assert len(changed) == 13 and all(name.startswith("layers.") for name in changed)
+    assert "ckpt_00000008.pt: step 8, trained on pairs" in ask(parts, "the dog").stderr
 
 
 def test_adapters_that_are_the_newest_run_write_on_their_base(command, tmp_path, monkeypatch):
     call([*command, "--lora_rank=2", "--max_steps=1", f"--out_dir={tmp_path / 'out' / 'lora'}"])
     monkeypatch.chdir(tmp_path)
-    assert "ckpt_00000001.pt: step 1, trained on pairs" in call(["sample.py", "--prompt=the dog"]).stderr
+    assert "ckpt_00000001.pt: step 1, trained on pairs" in ask("", "the dog").stderr
 
 
-def test_adapters_of_another_network_are_refused(command, base, answering, tmp_path):
-    place = shutil.copytree(base, tmp_path / "base")
-    args = [*command, "--lora_rank=2", "--max_steps=2", "--save_interval=1", f"--out_dir={tmp_path / 'run'}", f"--init_from={place}"]
-    call(args)
-    sampling, trained_on = ["sample.py", f"--checkpoint={tmp_path / 'run'}", "--prompt=the dog"], find_checkpoint(tmp_path / "run")[1]["base"]
+def test_adapters_of_another_network_are_refused(command, base, tmp_path):
+    place, other, adapter = shutil.copytree(base, tmp_path / "base"), tmp_path / "other", tmp_path / "run"
+    call([*command, f"--out_dir={other}", "--max_steps=1"])                 # another network of the same shape
+    args = [*command, "--lora_rank=2", "--save_interval=1", f"--out_dir={adapter}"]
+    call([*args, f"--init_from={place}", "--max_steps=1"])
+    trained_on = ckpt.find(adapter)[1]["base"]
+    assert "is an adapter" in call([*command, f"--init_from={adapter}", f"--out_dir={tmp_path / 'new'}"], 2).stderr
+    err = call([*args, "--resume", "--max_steps=2", f"--init_from={other}"], 2).stderr
+    assert f"was trained on the network {trained_on}" in err and err.count("\n") == 1
     place.rename(tmp_path / "moved")
-    err = call(sampling, 2).stderr
-    assert f"no checkpoint at init_from={place}" in err and trained_on in err and err.count("\n") == 1
-    shutil.copytree(answering, place)                   # another network in the place of the base
-    err = call(sampling, 2).stderr
-    assert f"the adapter was trained on the network {trained_on} (init_from={place})" in err and err.count("\n") == 1
-    assert "is an adapter" in call([*command, f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'new'}"], 2).stderr
-    assert "was trained on the network" in call([*args, "--resume=True", "--max_steps=3", f"--init_from={answering}"], 2).stderr
+    err = ask(adapter, "the dog", code=2).stderr
+    assert f"holds adapters for init_from={place}, where there is no" in err and err.count("\n") == 1
+    shutil.copytree(other, place)                                           # another network in the place of the base
+    err = ask(adapter, "the dog", code=2).stderr
+    assert f"the adapter was trained on the network {trained_on}, and init_from={place}" in err and err.count("\n") == 1
 
 
-def test_a_dry_run_says_how_small_a_checkpoint_of_adapters_is(command, tmp_path):
+def test_a_dry_run_says_how_small_a_checkpoint_of_adapters_is(command, base, tmp_path):
+    content = ckpt.find(base)[1]
+    content["config"]["n_embd"] = 512
+    content |= {"ema": SunFish(ckpt.model_config(content), 300).state_dict()}
+    del content["format"], content["model"], content["optimizer"]
+    ckpt.write(tmp_path / "wide.pt", content)
+
     def said(*args):
-        out = call([*command, "--dry_run=True", f"--out_dir={tmp_path / 'run'}", *args]).stdout
-        return [float(re.search(pattern, out)[1]) for pattern in (r"average and optimizer ([\d.]+) GB", r"checkpoint: ([\d.]+) GB")]
-    wide = tmp_path / "wide"
-    call([*command, f"--out_dir={wide}", "--init_from=", "--n_embd=512", "--max_steps=1", "--batch_tokens=32"])
-    whole, adapters = (said(f"--init_from={wide}", "--n_embd=512", *args) for args in ((), ("--lora_rank=2",)))
-    assert adapters[1] < 0.02 * whole[1] and 0.15 < adapters[0] / whole[0] < 0.35 and not (tmp_path / "run").exists()
-
-
-def test_examples_without_a_network_to_begin_with_are_warned_about(command, tmp_path):
-    err = call([*command, "--init_from=", f"--out_dir={tmp_path / 'run'}", "--max_steps=1"]).stderr
-    assert "a new network learns from these examples alone" in err
+        args = [*command, f"--init_from={tmp_path / 'wide.pt'}", "--n_embd=512", f"--out_dir={tmp_path / 'run'}", *args]
+        out = call([*args, "--dry_run"]).stdout
+        trained = re.search(r"([\d,]+) trained", out)[1].replace(",", "")
+        return int(trained), float(re.search(r"checkpoint: (.+) GB", out)[1])
+    whole, adapters = said(), said("--lora_rank=2")
+    n = sum(x.numel() for name, x in content["ema"].items() if name != "log_unigram")
+    assert whole == (n, round(n * 16e-9, 2)) and adapters[0] < 0.02 * n and adapters[1] == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_adapters_of_micro_are_small():
@@ -276,4 +273,5 @@ def test_adapters_of_micro_are_small():
         whole = sum(p.numel() for p in net.parameters())
         add_lora(net, 8, 16.0)
     adapters = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert adapters == 8 * 8 * (2 * (1024 + 1536 + 1024) + 2 * 2560) and adapters / whole < 0.02 and adapters / 41.6e6 < 0.02
+    assert adapters == 8 * 8 * (2 * (1024 + 1536 + 1024) + 2 * 2560)
+    assert adapters / whole < 0.02 and adapters / 41.6e6 < 0.02
