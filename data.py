@@ -280,8 +280,9 @@ class Dataset:
     def refuse(self, ids, places, shard):
         """Raise UserError for the first id that is out of the vocabulary."""
         row, column = np.argwhere(ids >= self.vocab_size)[0]
-        raise UserError(f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]} is not below "
-                        f"the vocabulary of {self.vocab_size}; these shards are of another tokenizer, prepare them again")
+        what = f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]}"
+        raise UserError(f"{what} is not below the vocabulary of {self.vocab_size}; these shards are of another "
+                        "tokenizer, prepare them again")
 
     def spread(self, n):
         """The Texts of n windows or examples spread evenly over the split, with repetition if it is smaller."""

@@ -221,27 +221,30 @@ class Layer(nn.Module):
 
     def weigh(self, parts, near):
         """The sum of KERNEL neighbours (B, n, n_embd), each times its weight, where near (B, n, KERNEL) is True."""
-        parts = [part * weight for part, weight in zip(parts, self.local, strict=True)]
-        return sum(parts if near is None else [part * near[..., i:i + 1] for i, part in enumerate(parts)])
+        total = torch.zeros_like(parts[0])
+        for i, (part, weight) in enumerate(zip(parts, self.local, strict=True)):
+            part = part if near is None else part * near[..., i:i + 1]
+            total = torch.addcmul(total, part, weight)
+        return total
 
     def forward(self, x, modulation, layout, prompt, cache, is_last):
         """x (B, N, n_embd) -> (B, N, n_embd); of the last layer (B, n, n_embd), its noisy tokens only."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.offset).chunk(6, -1)
         pos, mask, m = layout.pos, layout.mask, layout.num_clean
         x = x + self.conv(norm(x), layout, cache)
-        y = norm(x) * (1 + scale1) + shift1
+        y = torch.addcmul(shift1, norm(x), 1 + scale1)
         k, v = self.attn.keys_values(y, pos)
         if cache is not None:
             k, v = cache.append(k, v, m)
         if is_last and m:                                                  # nobody reads its clean tokens
             x, y, gate1, scale2, shift2, gate2 = (part[:, m:] for part in (x, y, gate1, scale2, shift2, gate2))
             pos, mask, m = pos[m:], mask[:, :, m:], 0
-        x = x + gate1 * self.attn(y, pos, k, v, mask, m if cache is None else 0)
+        x = torch.addcmul(x, gate1, self.attn(y, pos, k, v, mask, m if cache is None else 0))
         if self.cross is not None:
             k, v = self.prompt_keys(prompt, cache)
-            x = x + self.cross_gate * self.cross(norm(x), pos, k, v, prompt.mask)
-        y = norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(y)))
+            x = torch.addcmul(x, self.cross_gate, self.cross(norm(x), pos, k, v, prompt.mask))
+        y = torch.addcmul(shift2, norm(x), 1 + scale2)
+        return torch.addcmul(x, gate2, self.down(F.gelu(self.up(y))))
 
     def prompt_keys(self, prompt, cache):
         """Keys and values of the prompt, computed once for a text."""
@@ -433,12 +436,13 @@ def in_chunks(f, width, *inputs):
     return torch.cat(parts).unflatten(0, inputs[0].shape[:2])
 
 
-def cross_entropy(weight, bias, features, idx, loss_mask):
-    """-log p (M,) of tokens idx (M,) under F.linear(features, weight, bias), and its masked sum's gradient (M, V)."""
-    log_p = F.linear(features, weight, bias).float().log_softmax(-1)
-    nll = -log_p.gather(-1, idx[:, None])[:, 0]
-    grad = log_p.exp_().scatter_add_(-1, idx[:, None], -torch.ones_like(nll)[:, None])
-    return nll, grad.mul_(loss_mask[:, None]).to(weight.dtype)
+def cross_entropy(weight, bias, features, idx):
+    """-log p (M,) of tokens idx (M,) under F.linear(features, weight, bias), and its gradient for the scores (M, V)."""
+    scores, idx = F.linear(features, weight, bias).float(), idx[:, None]
+    best, at = scores.max(-1, keepdim=True)
+    p = scores.softmax(-1)
+    nll = best - p.gather(-1, at).log() - scores.gather(-1, idx)      # log of the sum of exp, less the score
+    return nll[:, 0], p.scatter_add_(-1, idx, -torch.ones_like(nll)).to(weight.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -449,29 +453,25 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cross_entropy, weight, bias, features, idx, loss_mask):
         needs_weight, needs_features = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        nll, grad_features = [], []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_weight else None
-        for rows in chunks(len(weight), features, idx, loss_mask):
-            part, grad = cross_entropy(weight, bias, *rows)
+        nll, grad_features, grad_weight, grad_bias = [], [], 0.0, 0.0
+        for rows, some, mask in chunks(len(weight), features, idx, loss_mask):
+            part, grad = cross_entropy(weight, bias, rows, some)
             nll.append(part)
             if needs_features:
-                grad_features.append(grad @ weight)
+                grad_features.append((grad @ weight).to(rows.dtype) * mask[:, None])
             if needs_weight:
-                grad_weight += grad.T @ rows[0].to(grad.dtype)
-                grad_bias += grad.sum(0, dtype=torch.float32)
-        nll = torch.cat(nll)
-        grad_features = torch.cat(grad_features).to(features.dtype) if needs_features else None
-        ctx.save_for_backward(grad_weight, grad_bias, grad_features)
-        ctx.weight_dtype = weight.dtype
+                grad_weight = grad_weight + (grad.T @ (rows * mask[:, None]).to(grad.dtype)).float()
+                grad_bias = grad_bias + (mask.to(grad.dtype) @ grad).float()
+        ctx.save_for_backward(grad_weight if needs_weight else None, grad_bias if needs_weight else None,
+                              torch.cat(grad_features) if needs_features else None)
+        ctx.dtype, nll = weight.dtype, torch.cat(nll)
         ctx.mark_non_differentiable(nll)
         return (nll * loss_mask).sum(), nll
 
     @staticmethod
     def backward(ctx, grad, _):
-        grad_weight, grad_bias, grad_features = (None if x is None else grad * x for x in ctx.saved_tensors)
-        grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
-        return None, grad_weight, grad_bias, grad_features, None, None
+        weight, bias, features = (None if x is None else grad * x for x in ctx.saved_tensors)
+        return None, None if weight is None else weight.to(ctx.dtype), bias, features, None, None
 
 
 # ---- adapters and int8 ----

@@ -319,8 +319,8 @@ def check_tokenizer(cfg, data, base):
         name = base["data"]["tokenizer"]["name"]
         how = "--tokenizer=gpt2" if name == "gpt2" else "--tokenizer=FOLDER, a folder with shards or an export of it"
         mine, theirs = (f"{some['tokenizer']['name']} of {some['vocab_size']:,} ids" for some in (data, base["data"]))
-        raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {theirs}; prepare "
-                        f"the text with {how}")
+        raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {theirs}; "
+                        f"prepare the text with {how}")
 
 
 def new_network(cfg, vocab_size, log_unigram=None):
