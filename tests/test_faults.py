@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pty
 import random
 import resource
 import shutil
@@ -109,6 +110,22 @@ def test_an_interrupt_saves_and_says_so(command, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_closed_terminal_saves(command, tmp_path):
+    """As when a remote connection breaks: SIGHUP, and nowhere to print to."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, *command, "--max_steps=1000000"])
+    shown = b""
+    while b"step 3/" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert checkpoints(tmp_path / "run") == [f"ckpt_{len(losses(tmp_path / 'run')):08d}.pt"]
+
+
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(command, tmp_path):
     process = started([*command, "--max_steps=2", "--batch_tokens=1280000"], "step:")       # a step takes a minute
     time.sleep(0.5)
@@ -197,6 +214,19 @@ def test_other_data_is_refused_naming_both(command, trained, shards, tmp_path):
 def test_only_so_many_checkpoints_are_kept(command, tmp_path):
     call([*command, "--max_steps=9", "--save_interval=1", "--keep_last=3", "--keep_interval=4"])
     assert checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt" for step in (4, 7, 8, 9)]
+
+
+def test_a_copy_beside_the_checkpoints_is_neither_resumed_nor_counted(command, trained):
+    for name in ("ckpt_best.pt", "ckpt_00000001_copy.pt"):
+        shutil.copy(trained / "ckpt_00000003.pt", trained / name)
+    again = [*command, "--resume", "--max_steps=6", "--save_interval=1", "--keep_last=1", "--keep_interval=5"]
+    assert "resuming at step 4" in call(again).stdout
+    assert checkpoints(trained) == ["ckpt_00000001_copy.pt", "ckpt_00000005.pt", "ckpt_00000006.pt", "ckpt_best.pt"]
+
+
+def test_a_run_that_is_further_than_it_should_go_is_not_called_done(command, trained):
+    err = call([*command, "--resume", "--max_steps=2"], code=2).stderr
+    assert "max_steps=2" in err and "step 4" in err and err.count("\n") == 1
 
 
 # ---- tokens and numbers ----
@@ -291,6 +321,16 @@ def test_a_row_that_was_cut_short_is_dropped_and_the_others_stay(command, traine
         file.write('{"step": 4, "lo')
     call([*command, "--resume", "--max_steps=6"])
     assert len(losses(trained)) == 6
+
+
+def test_odd_rows_of_the_log_never_stop_a_run(command, trained):
+    """Such as another program, or a fault of the disk, may leave there; later rows are kept."""
+    rows = (trained / "log.jsonl").read_text().splitlines()
+    odd = ["5", "null", "{}", "[]", '{"step": "x"}', "\0\0", "no json"]
+    (trained / "log.jsonl").write_text("\n".join([rows[0], *odd, *rows[1:]]) + "\n")
+    call([*command, "--resume", "--max_steps=6"])
+    kept = (trained / "log.jsonl").read_text().splitlines()
+    assert kept[:1] == rows[:1] and all(row in kept for row in rows if "bound" not in row) and '"step": 6' in kept[-1]
 
 
 def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypatch):

@@ -147,6 +147,16 @@ def test_a_network_reads_its_first_guess_where_there_is_one(windows):
     assert blind.any() and not blind.all() and not found[0].requires_grad
 
 
+def test_only_tokens_that_count_have_a_loss_and_the_schedule_is_fitted_where_levels_vary(windows):
+    batch = make_batch(config("--p_window=0.5"), windows, 0, range(8), "cpu")
+    loss, mask, varies = train.DiffusionLoss(network(config())), torch.rand(8, 16) < 0.5, batch.t < 1000
+    sums = [[x.item() for x in loss(batch._replace(guess=False, loss_mask=part))]
+            for part in (batch.loss_mask, mask, ~mask, varies, ~varies)]
+    for whole, part, rest in zip(sums[0], sums[1], sums[2], strict=True):
+        assert part > 0 < rest and part + rest == pytest.approx(whole, rel=1e-5)
+    assert sums[3][1] == pytest.approx(sums[0][1], rel=1e-5) and sums[4][1] == 0 < sums[4][0]
+
+
 @pytest.mark.slow
 def test_a_compiled_step_is_an_eager_one_with_and_without_a_guess(windows):
     cfg = config("--p_window=0.4")
@@ -307,7 +317,7 @@ def test_evaluation_is_logged_and_printed(shards, tmp_path):
     assert row["bound"] == pytest.approx(row["reconstruction"] + row["diffusion"] + row["prior"])
     texts = [f"{name}: {text}" for name, text in row["text"]]           # a free one, and what becomes of held-out text
     assert len(texts) > 1 and "truth: " in texts[-1]
-    for words in (f"at most {row['bound']:.3f} +-", f"and {row['bound_single']:.3f} +-", "in blocks of 8", *texts):
+    for words in (f"at most {row['bound']:.3f} +- ", f"{row['bound_single']:.3f} +- ", "blocks of 8", *texts):
         assert words in out
     assert "done: step 2" in out and f"--checkpoint={tmp_path}" in out
 
