@@ -3,23 +3,32 @@ Whether a network heeds an instruction: its bound on held-out responses, given t
 
     python bench/instruct.py --networks=out/stories,out/instruct,out/lora --dataset=instruct --out=out/answers.json
 
-Networks are runs, exports or adapters, whose base is where it was; all see the same windows and noise. A response is measured in the
-way sample.py writes it, token by token. What training took, its memory and its checkpoint, is read from each run's folder.
+Networks are runs, exports or adapters, whose base is where it was; all see the same windows and noise. What training
+took, its memory and its checkpoint, is read from each run's folder.
 """
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configurator import fail, load        # noqa: E402
+import checkpoint as ckpt
+import quality
+from configurator import UserError, in_range, run
+from data import Texts, cut_at_eot, get_tokenizer
+from generate import Canvas, Sampling, bound, generate, generators
+from machine import keep_memory
 
 
 @dataclass(frozen=True)
 class Config:
     networks: str = ""               # comma list of files or folders; before and after
     dataset: str = "instruct"        # folder of shards of examples, or name under data/
+    block_length: int = Sampling.block_length    # tokens of a response that are denoised together; 1 one by one
     block_size: int = 0              # tokens in a window; 0: as the last network was trained
     examples: int = 256              # held-out examples, as many as there are at most
     answers: int = 8                 # of them that the last network answers, in full
@@ -30,93 +39,104 @@ class Config:
 
     def check(self):
         if not self.networks:
-            raise ValueError("there is nothing to measure; name --networks=out/base,out/tuned")
-        if min(self.examples - 1, self.batch_size) < 1 or self.answers < 0:
-            raise ValueError(f"examples={self.examples} must be 2 at least, batch_size={self.batch_size} 1 and answers={self.answers} 0")
+            raise UserError("there is nothing to measure; name --networks=out/base,out/tuned")
+        in_range(self, 2, 1e9, "examples")
+        in_range(self, 1, 1e9, "batch_size")
+        in_range(self, 0, 1e9, "answers", "block_length", "block_size")
 
 
-if __name__ == "__main__":
-    CFG = load(Config)
-
-import dataclasses                         # noqa: E402
-
-import torch
-
-import quality
-import sample
-import train
-from model import keep_memory, load_model, model_config
-from prepare_fineweb import get_tokenizer
+def read_example(data, i):
+    """The token ids of the instruction and of the response of example i, two lists."""
+    shard, start, window, given, end = (int(part[0]) for part in data.locate(torch.tensor([i]).numpy()))
+    ids = data.shards[shard][start:window + end].tolist()
+    return ids[:window + given - start], ids[window + given - start:]
 
 
-def open_network(place):
-    """(content, path) of a checkpoint, or of adapters, merged into their base; ends the program if there is none."""
-    path, content = sample.open_checkpoint(sample.Config(checkpoint=place))
-    return content, path
+def place(data, instruction, response):
+    """A row of Texts: the end of an instruction, and a response that fits behind it, in a window; the rest of the
+    instruction before it."""
+    given = min(len(instruction), data.T // 2)
+    start = len(instruction) - given
+    before, here = instruction[:start][-data.P:], instruction[start:] + response
+    idx = torch.tensor(here + [0] * (data.T - len(here)))
+    prompt = torch.tensor([0] * (data.P - len(before)) + before, dtype=torch.int64)
+    pos = torch.arange(data.T)
+    return Texts(idx, prompt, torch.arange(data.P) >= data.P - len(before), (pos >= given) & (pos < len(here)))
 
 
-def pair_up(val, n, other=0):
-    """n examples as Items: each response with its own instruction, or with that of the `other`-th next that is not the same."""
-    texts, items = [val.texts(i * len(val) // n) for i in range(n)], []
-    for i, (mine, response) in enumerate(texts):
-        theirs = [text for text, _ in texts[i + 1:] + texts[:i] if text.tolist() != mine.tolist()]
-        items.append(train.place_example(val.cfg, theirs[other - 1] if other and theirs else mine, response))
-    return items
-
-
-def bounds(cfg, model, val):
-    """{"right": (nats a token, error), "shuffled": ...} of the held-out responses."""
-    found = {}
-    for name, other in (("right", 0), ("shuffled", 1)):
-        idx, rest = train.stack_examples(val.cfg, pair_up(val, min(cfg.examples, len(val)), other))
-        row = train.measure(model, idx, cfg.batch_size, bands=0, **rest)
-        found[name] = (row["bound"], row["bound_error"])
-    return found
+def pair_up(data, n):
+    """n responses, cut where needed, as Texts with their own instruction, and with the next one that differs."""
+    examples, right, shuffled = [read_example(data, i * len(data) // n) for i in range(n)], [], []
+    for i, (mine, response) in enumerate(examples):
+        others = [other for other, _ in examples[i + 1:] + examples[:i] if other != mine]
+        theirs = others[0] if others else mine
+        room = data.T - min(data.T // 2, max(len(mine), len(theirs)))
+        right.append(place(data, mine, response[:room]))
+        shuffled.append(place(data, theirs, response[:room]))
+    return [Texts(*map(torch.stack, zip(*rows, strict=True))) for rows in (right, shuffled)]
 
 
 def training(path):
     """What the run of a checkpoint file took: milliseconds a step, GB, MB of the file; {} of what is not a run."""
     log = path.parent / "log.jsonl"
-    rows = [row for row in map(json.loads, log.read_text().splitlines()) if "step_ms" in row] if path.is_file() and log.is_file() else []
-    middle = sorted(row["step_ms"] for row in rows)[len(rows) // 2:][:1]
-    return dict(step_ms=middle[0], peak_gb=max(row["peak_gb"] for row in rows), checkpoint_mb=path.stat().st_size / 1e6) if rows else {}
+    if not path.is_file() or not log.is_file():
+        return {}
+    rows = [row for row in map(json.loads, log.read_text().splitlines()) if "step_ms" in row]
+    middle = sorted(row["step_ms"] for row in rows)[len(rows) // 2]
+    return dict(step_ms=middle, peak_gb=max(row["peak_gb"] for row in rows), checkpoint_mb=path.stat().st_size / 1e6)
 
 
-def answer(cfg, model, encoding, val, k):
-    """(instruction, what the network answers, the true response) of held-out example k, as text."""
-    (instruction, response), item = val.texts(k), val[k]
-    canvas = item.idx, torch.arange(len(item.idx)) < item.begun, item.before
-    settings = sample.Config(temperature=cfg.temperature, guidance_scale=cfg.guidance_scale)
-    made = sample.sample(model, settings, canvas, [0], end=encoding.eot_token)[0, item.begun:].tolist()
-    parts = instruction[1:].tolist(), sample.until(made, encoding.eot_token), response[:-1].tolist()
-    return [encoding.decode(part).strip() for part in parts]
+def answer(cfg, model, tokenizer, data, i):
+    """(instruction, what the network answers, the true response) of held-out example i, as text."""
+    texts, given = data.read([i])
+    canvas = Canvas(texts.idx[0], torch.arange(data.T) < given[0], texts.prompt[0][texts.prompt_mask[0]])
+    settings = Sampling(block_length=cfg.block_length, temperature=cfg.temperature, guidance_scale=cfg.guidance_scale)
+    made = generate(model, canvas, settings, generators("cpu", 1, [0]), eot=tokenizer.eot_token)[0, given[0]:].tolist()
+    instruction, response = read_example(data, i)
+    parts = instruction[1:], cut_at_eot(made, tokenizer.eot_token), cut_at_eot(response, tokenizer.eot_token)
+    return [tokenizer.decode(part).strip() for part in parts]
+
+
+def measure(cfg, place, path, content, pairs):
+    """The row of a network: its bounds, and what its training took."""
+    model, row = ckpt.load_model(content), dict(network=place)
+    for name, texts in zip(("right", "shuffled"), pairs, strict=True):
+        found = bound(model, texts, cfg.batch_size, cfg.block_length)
+        row[name] = (found["bound"], found["bound_error"])
+    row |= training(path)
+    line = "{network:24} right {right[0]:.3f} +- {right[1]:.3f}  shuffled {shuffled[0]:.3f} +- {shuffled[1]:.3f}"
+    if "step_ms" in row:
+        line += "{step_ms:8.0f} ms a step {peak_gb:6.2f} GB {checkpoint_mb:8.1f} MB"
+    print(line.format(**row))
+    return row
 
 
 def main(cfg):
     keep_memory()
     torch.set_num_threads(1)
-    networks = [open_network(place) for place in cfg.networks.split(",")]
-    last = model_config(networks[-1][0])
-    sizes = dict(block_size=cfg.block_size or last.block_size, prompt_size=last.prompt_size)
-    if any(content["data"]["tokenizer"] != networks[-1][0]["data"]["tokenizer"] for content, _ in networks):
-        fail(f"networks={cfg.networks} have unequal tokenizers; their bounds cannot be compared")
-    val = quality.open_val(cfg.dataset, networks[-1][0], dataclasses.replace(last, **sizes), train.Examples)
-    table = []
-    print(f"{min(cfg.examples, len(val)):,} held-out responses, windows of {val.cfg.block_size} tokens; nats a token, given the right instruction "
-          "and another one")
-    for place, (content, path) in zip(cfg.networks.split(","), networks, strict=True):
-        model = load_model(content)
-        row = dict(network=place, **bounds(cfg, model, val), **training(path))
-        table.append(row)
-        took = f"{row['step_ms']:8.0f} ms a step {row['peak_gb']:6.2f} GB {row['checkpoint_mb']:8.1f} MB" if "step_ms" in row else ""
-        print("{network:24} right {right[0]:.3f} +- {right[1]:.3f}  shuffled {shuffled[0]:.3f} +- {shuffled[1]:.3f}".format(**row), took, flush=True)
-    encoding = get_tokenizer(networks[-1][0]["data"]["tokenizer"])
-    answers = [answer(cfg, model, encoding, val, i * len(val) // cfg.answers) for i in range(cfg.answers)]
+    places = cfg.networks.split(",")
+    networks = [ckpt.find_network(place) for place in places]
+    _, last = networks[-1]
+    if any(content["data"]["tokenizer"] != last["data"]["tokenizer"] for _, content in networks):
+        raise UserError(f"networks={cfg.networks} have unequal tokenizers; their bounds cannot be compared")
+    model_cfg = ckpt.model_config(last)
+    sizes = dataclasses.replace(model_cfg, block_size=cfg.block_size or model_cfg.block_size)
+    data = quality.open_data(cfg.dataset, last, sizes)
+    if not data.is_examples:
+        raise UserError(f"dataset={cfg.dataset} is text, without instructions; name one of examples")
+    n = min(cfg.examples, len(data))
+    print(f"{n:,} held-out responses, windows of {data.T} tokens, in blocks of {cfg.block_length} (0: the window); "
+          "nats a token, given the right instruction and another one")
+    pairs = pair_up(data, n)
+    table = [measure(cfg, place, *network, pairs) for place, network in zip(places, networks, strict=True)]
+    tokenizer, model = get_tokenizer(last["data"]["tokenizer"]), ckpt.load_model(last)
+    answers = [answer(cfg, model, tokenizer, data, i * len(data) // cfg.answers) for i in range(cfg.answers)]
     for instruction, made, truth in answers:
         print(f"--- {instruction}\n{made}\n(truth: {truth})")
     if cfg.out:
-        Path(cfg.out).write_text(json.dumps(dict(settings=dataclasses.asdict(cfg), rows=table, answers=answers), indent=1) + "\n")
+        result = dict(settings=dataclasses.asdict(cfg), rows=table, answers=answers)
+        Path(cfg.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(CFG)
+    run(main, Config)

@@ -4,7 +4,7 @@ Curves of training runs, from their log.jsonl: the loss, the bound with its stan
     python bench/plot.py --runs=out/tiny                                     # curves.png
     python bench/plot.py --runs=out/stories,out/instruct --out=both.png      # several runs, one colour each
 
-The loss of a fitted schedule stays at half of what noise costs (README, "Trouble"); it is the bound that shows learning.
+The loss of a fitted schedule stays at half of what noise costs; it is the bound that shows learning.
 """
 import glob
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configurator import fail, load        # noqa: E402
+from configurator import Fault, UserError, in_range, run
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,27 @@ class Config:
     smooth: int = 20                 # rows of the log that the line through loss and speed is a mean of; 1 is off
 
     def check(self):
-        if self.smooth < 1:
-            raise ValueError(f"smooth={self.smooth} must be at least 1, which is off")
+        in_range(self, 1, 1e9, "smooth")
 
 
 def find_runs(patterns):
-    """The log.jsonl of every run that the comma list names, without repetition; ends the program if there is none."""
-    folders = (sorted(glob.glob(pattern)) for pattern in patterns.split(",") if pattern)
-    paths = [path for found in folders for folder in found for path in (Path(folder) / "log.jsonl",) if path.is_file()]
-    return list(dict.fromkeys(paths)) or fail(f"no log.jsonl in runs={patterns}; name the out_dir of a run, for example out/tiny")
+    """The log.jsonl of every run that the comma list names, without repetition; UserError if there is none."""
+    folders = [folder for pattern in patterns.split(",") for folder in sorted(glob.glob(pattern))]
+    paths = [Path(folder, "log.jsonl") for folder in dict.fromkeys(folders)]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise UserError(f"no log.jsonl in runs={patterns}; name the out_dir of a run, for example out/tiny")
+    return paths
 
 
 def read_log(path):
-    """Columns of a log: {"loss": ([tokens], [loss]), "bound": ([tokens], [bound], [error]), "tokens_per_second": ...}."""
+    """Columns of a log: {"loss": ([tokens], [loss]), "bound": ([tokens], [bound], [error]), ...}."""
     rows, columns = [], {"loss": [], "tokens_per_second": [], "bound": []}
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
-            print(f"warning: {path}: passed over a row that was cut short", file=sys.stderr)
+            print(f"warning: {path}: a row was cut short and is left out", file=sys.stderr)
     for row in rows:
         for name in ("loss", "tokens_per_second"):
             if name in row:
@@ -62,19 +64,19 @@ def draw(logs, out, smooth):
     try:
         import matplotlib
     except ImportError:
-        fail("pictures need matplotlib; pip install matplotlib")
+        raise UserError("pictures need matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = (("loss", "loss, nats a token"), ("bound", "bound, nats a token"), ("tokens_per_second", "tokens a second"))
+    panels = {"loss": "loss, nats a token", "bound": "bound, nats a token", "tokens_per_second": "tokens a second"}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, (name, label) in zip(axes, panels, strict=True):
-        for number, (run, columns) in enumerate(logs.items()):
+    for axis, (name, label) in zip(axes, panels.items(), strict=True):
+        for number, (folder, columns) in enumerate(logs.items()):
             colour, found = f"C{number}", columns[name]
             if found and name == "bound":
-                axis.errorbar(found[0], found[1], found[2], marker="o", capsize=3, color=colour, label=run)
+                axis.errorbar(found[0], found[1], found[2], marker="o", capsize=3, color=colour, label=folder)
             elif found:
                 axis.plot(found[0], found[1], color=colour, alpha=0.25, linewidth=1)
-                axis.plot(found[0], running_mean(found[1], smooth), color=colour, label=run)
+                axis.plot(found[0], running_mean(found[1], smooth), color=colour, label=folder)
         axis.set(title=label, xlabel="tokens trained on")
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
@@ -84,7 +86,7 @@ def draw(logs, out, smooth):
     try:
         figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
-        fail(f"cannot write out={out} ({error}); choose a file ending in .png, .svg or .pdf", code=1)
+        raise Fault(f"cannot write out={out} ({error}); choose a file ending in .png, .svg or .pdf") from None
     plt.close(figure)
 
 
@@ -93,10 +95,12 @@ def main(cfg):
     logs = {str(path.parent): read_log(path) for path in paths}
     draw(logs, cfg.out, cfg.smooth)
     for name, columns in logs.items():
-        bound = f"bound {columns['bound'][1][-1]:.3f} +- {columns['bound'][2][-1]:.3f}" if columns["bound"] else "no bound yet"
+        bound = "no bound yet"
+        if columns["bound"]:
+            bound = f"bound {columns['bound'][1][-1]:.3f} +- {columns['bound'][2][-1]:.3f}"
         print(f"{name}: {columns['loss'][0][-1] if columns['loss'] else 0:,} tokens, {bound}")
     print(cfg.out)
 
 
 if __name__ == "__main__":
-    main(load(Config))
+    run(main, Config)

@@ -3,18 +3,26 @@ What int8 weights cost and save: bytes, peak memory, seconds, bound, and the jud
 
     python bench/quantize.py --checkpoint=out/stories --dataset=stories --judge=out/causal
 
-Each row is a process of its own, so that its peak is its own; it samples first, and is measured then. The judge is an autoregressive
-twin (bench/twins.py). All rows have the same windows, noise and seeds.
+Each row is a process of its own, so that its peak is its own; it samples first, and is measured then. The judge is an
+autoregressive twin (bench/twins.py). All rows have the same windows, noise and seeds.
 """
 import json
+import math
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configurator import fail, load        # noqa: E402
+import checkpoint as ckpt
+import quality
+from configurator import Fault, in_range, one_of, run
+from generate import Canvas, bound, generate, generators
+from machine import keep_memory, peak_gb
 
 ROWS = ("float32", "float32 int8", "bfloat16", "bfloat16 int8")
 
@@ -32,81 +40,69 @@ class Config:
     out: str = ""                    # file for the table, as JSON
 
     def check(self):
-        if min(self.sequences, self.texts) < 2:
-            raise ValueError(f"sequences={self.sequences} and texts={self.texts} must be 2 at least")
-        if self.row and self.row not in ROWS:
-            raise ValueError(f"row={self.row} is unknown; use one of {', '.join(ROWS)}")
+        in_range(self, 2, 1e9, "sequences", "texts")
+        one_of(self, "row", "", *ROWS)
 
 
-if __name__ == "__main__":
-    CFG = load(Config)
-
-import math                                # noqa: E402
-import time
-
-import torch
-
-import quality
-import sample
-import train
-from model import keep_memory, load_model, peak_gb
-
-
-def held(net):
-    """Bytes of a network's tensors."""
-    return sum(x.nbytes for x in (*net.parameters(), *net.buffers()))
-
-
-def open_network(content, row):
+def open_row(content, row):
     """The network of a checkpoint's content, in the way that a row names."""
     dtype, _, int8 = row.partition(" ")
-    return load_model(content, "cpu", getattr(torch, dtype), bool(int8))
+    return ckpt.load_model(content, "cpu", getattr(torch, dtype), bool(int8))
 
 
 def measure(cfg):
     """One row: megabytes, peak, seconds for a text, bound, and perplexity and entropy of texts."""
     keep_memory()
     torch.set_num_threads(1)
-    content = quality.open_network(cfg.checkpoint)
-    model = open_network(content, cfg.row)
+    _, content = ckpt.find_network(cfg.checkpoint)
+    model, settings = open_row(content, cfg.row), quality.usual(content)
     T = cfg.seq_len or model.cfg.block_size
-    canvas = torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+    nothing = torch.zeros(T, dtype=torch.int64)
     seconds = []
     for _ in range(3):
         clock = time.perf_counter()
-        sample.sample(model, sample.Config(), canvas, [0])
+        generate(model, Canvas(nothing, nothing.bool(), nothing[:0]), settings, generators("cpu", 1, [0]))
         seconds.append(time.perf_counter() - clock)
-    row = dict(row=cfg.row, mb=held(model) / 1e6, peak_gb=peak_gb(torch.device("cpu")), seconds=min(seconds))
+    size = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    row = dict(row=cfg.row, mb=size / 1e6, peak_gb=peak_gb(torch.device("cpu")), seconds=min(seconds))
     if cfg.dataset:
-        val = quality.open_val(cfg.dataset, content, model.cfg)
+        texts = quality.plain(quality.open_data(cfg.dataset, content, model.cfg).spread(cfg.sequences).idx)
         with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
-            found = train.measure(model, train.eval_windows(val, cfg.sequences), 32, bands=0)
+            found = bound(model, texts, 32, settings.block_length)
         row |= {name: found[name] for name in ("bound", "bound_error")}
     if cfg.judge:
-        judge = quality.open_twin("judge", cfg.judge, content, "cpu")
-        texts = quality.draw(model, cfg.texts, 0, -1, cfg.temperature, 1.0, 1)
-        nats = quality.in_batches(judge.nll, 32, "cpu", texts).mean(1)
-        row |= dict(perplexity=math.exp(nats.mean().item()), nats_error=(nats.std() / len(nats) ** 0.5).item(), entropy=quality.entropy(texts).mean().item())
+        judge = quality.open_twin("judge", cfg.judge, content)
+        texts = quality.draw(model, replace(settings, temperature=cfg.temperature), cfg.texts, seed=1)
+        nats = quality.mean("nats", quality.ask(judge, "nll", 32, texts).mean(1))
+        row |= dict(nats, perplexity=math.exp(nats["nats"]), entropy=quality.entropy(texts).mean().item())
     return row
+
+
+def describe(row, first):
+    """A row of the table as a line; first is that of float32."""
+    text = "{row:18} {mb:8.1f} MB  peak {peak_gb:.2f} GB  {seconds:6.2f} s a text".format(**row)
+    if "bound" in row:
+        change = 100 * (row["bound"] / first["bound"] - 1)
+        text += f"  bound {row['bound']:.4f} +- {row['bound_error']:.3f} ({change:+.2f} %)"
+    if "perplexity" in row:
+        text += f"  perplexity {row['perplexity']:.1f}  entropy {row['entropy']:.2f}"
+    return text
 
 
 def main(cfg):
     if cfg.row:
-        return print(json.dumps(measure(cfg)))
+        print(json.dumps(measure(cfg)))
+        return
     table = []
     for row in ROWS:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f"--row={row}"], text=True, capture_output=True)
         if done.returncode:
-            fail(f"{row}: {done.stderr.strip()}", done.returncode)
-        found = json.loads(done.stdout.splitlines()[-1])
-        table.append(found)
-        change = f" ({100 * (found['bound'] / table[0]['bound'] - 1):+.2f} %)" if "bound" in found else ""
-        print(f"{row:18} {found['mb']:8.1f} MB  peak {found['peak_gb']:.2f} GB  {found['seconds']:6.2f} s a text"
-              + (f"  bound {found['bound']:.4f} +- {found['bound_error']:.3f}{change}" if change else "")
-              + (f"  perplexity {found['perplexity']:.1f}  entropy {found['entropy']:.2f}" if "perplexity" in found else ""), flush=True)
+            raise Fault(f"{row}: {done.stderr.strip()}")
+        table.append(json.loads(done.stdout.splitlines()[-1]))
+        print(describe(table[-1], table[0]))
     if cfg.out:
         Path(cfg.out).write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(CFG)
+    run(main, Config)
