@@ -13,9 +13,8 @@ import checkpoint as ckpt
 import diffusion
 import generate as writing
 import sample as script
-from data import Texts
-from generate import LATER, Canvas, Decoder, Sampling, bound, generate, generators, plan
-from model import ModelConfig
+from data import Texts, cut_at_eot
+from generate import Canvas, Decoder, Sampling, bound, generate, generators, plan
 
 
 def write(base, *args, code=0, run=call, **options):
@@ -92,29 +91,6 @@ def test_at_scale_0_the_prompt_is_not_seen_and_at_scale_1_nothing_but_it(small, 
     assert (made[3, 30][:, known] == 30).all()
 
 
-@pytest.mark.parametrize("given, strided", [(0, False), (4, False), (0, True)])
-@torch.no_grad()
-def test_guided_blocks_are_two_fresh_readings_weighed_by_hand(small, given, strided):
-    """The KV cache changes nothing: the network that reads all anew says the same, with and without the prompt."""
-    torch.manual_seed(1)
-    known, prompt, E = torch.arange(12) < given, torch.randint(50, (3,)), small.embedding()
-    order, text = diffusion.block_order(~known, 4, strided), torch.randint(50, (2, 12))
-    canvas = Canvas(torch.where(known, text, 0), known, prompt)
-    decoder = Decoder(small, canvas, Sampling(guidance_scale=3.0), order, [None] * 2, None)
-    for block in order[~known].unique().tolist():
-        pos, level = (order == block).nonzero().flatten(), torch.randn(2, 12)
-        x_t, guess = torch.randn(2, 2, 12, 16)
-        got = decoder.hidden(x_t[:, pos], level[:, pos], guess[:, pos], pos)
-        answers = []
-        for sees, blocks in ((True, order), (False, order.masked_fill(known, LATER))):
-            read = small.encode_prompt(prompt.expand(2, -1), torch.full((2, 3), sees), E)
-            h = small.denoise(E[decoder.tokens], x_t, level, blocks.expand(2, -1), read, E, guess)
-            answers.append(h[:, pos])
-        assert torch.allclose(got, diffusion.guide(*answers, 3.0), atol=1e-4)
-        assert (answers[0] - answers[1]).abs().max() > 0.1
-        decoder.tokens[:, pos], decoder.new = text[:, pos], pos
-
-
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "constrained_ddim"])
 @pytest.mark.parametrize("block_length, strided", [(0, False), (1, False), (3, False), (3, True)])
 def test_given_tokens_come_back_and_only_blanks_are_written(small, sampler, block_length, strided):
@@ -128,7 +104,16 @@ def test_given_tokens_come_back_and_only_blanks_are_written(small, sampler, bloc
     assert len(seen) == 2 * plan(cfg, small.cfg, known).num_blocks
 
 
-# ---- blocks and steps ----
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_text_that_ends_early_is_the_text_up_to_its_end(small, strided):
+    """Nothing before the end may be left unwritten, in whatever order the blocks stand."""
+    canvas = Canvas(torch.zeros(12, dtype=torch.int64), torch.zeros(12, dtype=torch.bool), torch.zeros(0).long())
+    cfg, rng = Sampling(block_length=3, steps=2, strided=strided), [1, 2, 3, 4]
+    full = generate(small, canvas, cfg, generators("cpu", 1, rng)).tolist()
+    for eot in set(full[0]):
+        made = generate(small, canvas, cfg, generators("cpu", 1, rng[:1]), None, eot).tolist()
+        assert cut_at_eot(made[0], eot) == cut_at_eot(full[0], eot)
+
 
 def test_the_header_says_how_a_text_is_written(base, tmp_path):
     def header(*args, base=base): return call(["sample.py", f"--checkpoint={base}", "--device=cpu", *args]).stderr
@@ -142,21 +127,6 @@ def test_the_header_says_how_a_text_is_written(base, tmp_path):
     ckpt.write(tmp_path / "ckpt_00000020.pt", content)                      # of a network trained token by token
     assert "one token at a time" in header(base=tmp_path)
     assert "blocks of 8 tokens" in header("--block_length=8", base=tmp_path)
-
-
-def test_steps_are_those_of_a_block():
-    nothing, cfg = torch.zeros(64, dtype=torch.bool), ModelConfig(block_size=64, timesteps=100)
-
-    def steps(known=nothing, cfg=cfg, **settings):
-        return plan(Sampling(**settings), cfg, known)[1:]
-    assert steps() == (8, 16) and steps(block_length=0) == (1, 50) and steps(block_length=1) == (64, 1)
-    assert steps(strided=True) == (8, 16) and steps(torch.arange(64) < 9, block_length=16, strided=True) == (4, 16)
-    assert steps(torch.arange(64) < 9) == (7, 16) and steps(torch.arange(64) != 9, block_length=1) == (1, 1)
-    assert steps(sampler="ddpm") == (8, 100) and steps(sampler="ddpm", steps=7) == (8, 7)
-    assert steps(block_length=1, cfg=replace(cfg, objective="eps")) == (64, 16)
-    assert steps(cfg=replace(cfg, timesteps=4)) == (8, 4) and steps(steps=100) == (8, 100)
-    with pytest.raises(writing.UserError, match="steps=101 is more than the 100 noise levels"):
-        steps(steps=101)
 
 
 def test_a_network_that_guesses_noise_fills_an_open_blank(small):
@@ -173,6 +143,19 @@ def test_infill_returns_the_given_text_and_fills_the_rest(base):
     assert 3 <= int(out.stderr.split(" tokens written")[0].split()[-1]) <= 10 and "is tried with 1 to" in out.stderr
     out = write(base, "--mode=infill", "--num_samples=3", "--text", "the red[MASK:2] went[MASK:4] home")
     assert "18 tokens written" in out.stderr
+
+
+def test_the_lengths_that_are_tried_are_counted(base):
+    def calls(n):
+        out = write(base, "--mode=infill", "--text=the [MASK] red", "--block_length=0", f"--num_samples={n}")
+        return int(out.stderr.split(" network calls")[0].split()[-1])
+    assert calls(1) >= 9 * 3 and calls(2) == 2 * calls(1)           # eight lengths fit half the window
+
+
+@pytest.mark.parametrize("text", ["the red [MASK] sea", " the old dog went home" * 9 + "[MASK:2] sea"])
+def test_steps_are_shown_of_open_blanks_and_of_windows_inside_a_document(base, text):
+    err = write(base, "--mode=infill", "--text", text, "--show").stderr
+    assert "step 3/3, noise level 333\n" in err and " sea\n" in err and "\u00b7" not in err
 
 
 def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
@@ -211,14 +194,14 @@ def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
     (["--mode=infill", "--text=@nowhere.txt"], "cannot read nowhere.txt"),
     (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
     (["--mode=infill", "--text=a [MASK:9999999999]"], "a blank of 9999999999 tokens"),
-    (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "neither --prompt nor --seq_len"),
+    (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "not --prompt or --seq_len"),
     (["--text=a [MASK]"], "--text is for --mode=infill"),
     (["--mode=write"], "mode=write is unknown; use one of generate, infill"),
     (["--sampler=euler"], "use one of ddim, ddpm, constrained_ddim"),
     (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
     (["--prompt", "dog " * 50], "more than the 16"),
     (["--prompt=@nowhere.txt"], "cannot read nowhere.txt"),
-    (["--seq_len=17"], "17 tokens are more than the 16"),
+    (["--seq_len=17"], "seq_len=17 is more than the 16"),
     (["--num_samples=0"], "num_samples=0 is out of range"),
     (["--block_length=-1"], "block_length=-1 is out of range"),
     (["--steps=1001"], "more than the 1000 noise levels"),
@@ -300,9 +283,11 @@ def test_an_open_blank_takes_the_length_that_makes_the_text_behind_it_likely(sma
         n = tokens.size(1) - (6 if behind else 3)
         costs = torch.full(tokens.shape, 9.0)
         costs[:, 3 + n if behind else 3:][:, :2 if behind else n] = abs(n - 5)
+        costs[:, 3 + n + 2:] = -n
         seen.append(n)
         return costs
     monkeypatch.setattr(writing, "nll_left_to_right", nll)
+    monkeypatch.setattr(writing, "LONGEST", 6)                      # which leaves three tokens to count behind it
     pieces = [[1, 2, 3], 0, *([[4, 5], 1] if behind else [])]
     text, = writing.infill(small, pieces, Sampling(steps=2), makers(0))
     assert seen == [1, 2, 3, 4, 5, 6] and len(text) == 3 + 5 + (3 if behind else 0) and text[:3] == [1, 2, 3]

@@ -10,6 +10,7 @@ from conftest import ROOT, SIZE, call, run
 
 import checkpoint as ckpt
 import prepare_fineweb
+import sample as script
 from configurator import Fault, UserError
 from data import read_meta
 
@@ -176,14 +177,20 @@ def test_a_reader_goes_through_the_steps_with_keys_slider_and_button(base, page,
     assert page.text_content("#play") == "play"
 
 
-def test_a_page_is_one_file_without_the_network_and_html_in_a_text_is_text(base, tmp_path):
-    """Without a browser: the data of the page, which no tag of the text may end."""
-    sample(base, f"--html={tmp_path / 'a.html'}", *INFILL, "--text=a</script>[MASK:2]b")
+class Tag:
+    """A tokenizer whose tokens are an end of the script."""
+    def decode(self, ids):
+        return "</script>" * len(ids)
+
+
+def test_no_token_of_a_text_ends_the_script_of_its_page(tmp_path):
+    frames = [(10, [1], [5], [0.25]), (5, [1], [5], [0.75]), (10, [2], [5], [1.0])]     # the last is after the end
+    script.save_page(tmp_path / "a.html", torch.linspace(1, 0, 11), Tag(), [5, 5], frames)
     page = (tmp_path / "a.html").read_text()
     data = json.loads(re.search(r"const data = (.*?), at = ", page)[1])
     assert page.count("</script>") == 1 and "http" not in page
-    assert "".join(token or "" for token in data["tokens"]) == "a</script>b" and data["tokens"].count(None) == 2
-    assert len(data["steps"]) == 4 and [step[0] for step in data["steps"]] == [1000, 750, 500, 250]
+    assert data == dict(tokens=["</script>", None], steps=[[10, 1.0, [[1, "</script>", 0.25]]],
+                                                           [5, 0.7071, [[1, "</script>", 0.75]]]])
 
 
 def test_a_page_that_cannot_be_written_is_said(base, tmp_path):
