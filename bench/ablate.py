@@ -109,7 +109,8 @@ def bounds(cfg, model, schedule, texts):
 def main(cfg):
     keep_memory()
     torch.set_num_threads(1)
-    begun, table, schedule = time.perf_counter(), [], None
+    begun, schedule = time.perf_counter(), None
+    table = []
     _, _, data = train.open_data(train.Config(**{**SIZE, "dataset": cfg.dataset}))
     texts = data.spread(cfg.sequences)
     titles = [*(title for title, _, _ in cfg.dial()), "1, prompted"]

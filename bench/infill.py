@@ -56,7 +56,8 @@ def cut(windows, seed=1):
 @torch.no_grad()
 def nll_in_order(model, tokens, order):
     """-log p of tokens (B, T) in nats, each given those of earlier blocks in order (T,) and none of its own: (B, T)."""
-    E, top, everything = model.embedding(), torch.full_like(tokens, model.cfg.timesteps), torch.ones_like(tokens).bool()
+    E, everything = model.embedding(), torch.ones_like(tokens, dtype=torch.bool)
+    top = torch.full_like(tokens, model.cfg.timesteps)
     x_T = diffusion.randn(E[tokens], diffusion.generator("cpu", "nats"))
     level = diffusion.log_snr(top, model.alpha_bar())
     prompt = model.encode_prompt(tokens[:, :0], everything[:, :0], E)
@@ -106,7 +107,8 @@ def main(cfg):
     settings = replace(quality.usual(content), temperature=cfg.temperature, eta=cfg.eta)
     windows = quality.open_data(cfg.dataset, content, model.cfg).spread(cfg.windows).idx
     true, left, right = cut(windows)
-    L, costs, judged = left.size(1), [], []
+    L = left.size(1)
+    costs, judged = [], []
     for n in range(1, LONGEST + 1):
         rules, texts = quality.timed({"length": n}, partial(score_length, cfg, model, settings, left, right, n))
         costs.append(rules)

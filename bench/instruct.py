@@ -66,7 +66,8 @@ def place(data, instruction, response):
 
 def pair_up(data, n):
     """n responses, cut where needed, as Texts with their own instruction, and with the next one that differs."""
-    examples, right, shuffled = [read_example(data, i * len(data) // n) for i in range(n)], [], []
+    examples = [read_example(data, i * len(data) // n) for i in range(n)]
+    right, shuffled = [], []
     for i, (mine, response) in enumerate(examples):
         others = [other for other, _ in examples[i + 1:] + examples[:i] if other != mine]
         theirs = others[0] if others else mine

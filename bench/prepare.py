@@ -102,9 +102,10 @@ def run_alone(path, out, workers):
 def main(cfg):
     import pyarrow
     import pyarrow.parquet
-    workers, tokenizer, rows = cfg.workers or os.cpu_count(), get_tokenizer({"name": "gpt2"}), []
+    workers, tokenizer = cfg.workers or os.cpu_count(), get_tokenizer({"name": "gpt2"})
     texts = (document[0] for document in pf.open_source(cfg.source)[1])
     batches = iter(lambda: list(itertools.islice(texts, cfg.documents)), [])
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.parquet")
         for batch in itertools.islice(batches, cfg.repeats):

@@ -350,8 +350,9 @@ def dial(lengths, strided):
 def losses_at(model, idx, t, block_length, rng):
     """-log p of idx (B, T) where all blocks stand at noise of index t: the network's, of a second pass, and that of the
     best guess without any context: two of (B, T), in nats."""
-    E, texts, index = model.embedding(), plain(idx), torch.full_like(idx, t)
-    x_0, alpha_bar = E[idx], model.alpha_bar()
+    E, alpha_bar = model.embedding(), model.alpha_bar()
+    texts, index = plain(idx), torch.full_like(idx, t)
+    x_0 = E[idx]
     x_t = diffusion.add_noise(x_0, index, alpha_bar, diffusion.randn(x_0, rng))
     log_snr = diffusion.log_snr(index, alpha_bar)
     order = diffusion.block_order(texts.loss_mask, block_length)
@@ -397,7 +398,8 @@ def bytes_per_token(windows, tokenizer):
 
 
 def likelihood(cfg, bench):
-    windows, model, own = bench.windows, bench.model, bench.settings.block_length
+    windows, model = bench.windows, bench.model
+    own = bench.settings.block_length
     idx = windows[torch.arange(cfg.sequences) * len(windows) // cfg.sequences].to(model.wte.device)
     rows = []
     for length, blocks in dial(f"{own},{cfg.block_length}", cfg.strided):
@@ -440,7 +442,7 @@ def grid(cfg, T):
 
 
 def systems(cfg, bench, real):
-    """All that the sample table has a row for: (its labels, a function that returns texts (samples, T))."""
+    """The rows of the sample table: (labels, a function that returns texts (samples, T))."""
     n, T = real.shape
     tokens, rest = bench.training if len(bench.training) else bench.windows.flatten(), (cfg.seed, cfg.batch_size)
     same = bool(cfg.judge and cfg.causal) and Path(cfg.judge).resolve() == Path(cfg.causal).resolve()
@@ -501,7 +503,8 @@ def adherence(judge, prompts, continuations, batch_size=32):
 
 
 def prompting(cfg, bench):
-    model, windows, rest = bench.model, shuffled(bench.windows, cfg.seed)[:cfg.pairs], (cfg.seed, cfg.batch_size)
+    windows, rest = shuffled(bench.windows, cfg.seed)[:cfg.pairs], (cfg.seed, cfg.batch_size)
+    model = bench.model
     P = max(1, min(model.cfg.prompt_size, model.cfg.block_size) // 2)
     prompts = windows[:, :P]
     makers = {"held-out text": lambda: windows[:, P:],

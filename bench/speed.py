@@ -80,7 +80,7 @@ class Config:
 # ---- FLOPs: two for each multiply-add of a matrix product ----
 
 def token_products(cfg, keys):
-    """Multiply-adds of the layers for one token that attends to so many, the keys of the prompt aside."""
+    """Multiply-adds of the layers for one token that sees `keys` tokens; without the prompt's own keys and values."""
     d, crossed = cfg.n_embd, cfg.n_layer // cfg.cross_every
     layers = cfg.n_layer * (12 * d * d + 2 * keys * d)
     return layers + crossed * (2 * d * d + 2 * (1 + cfg.prompt_size) * d) + 2 * cfg.token_dim * d
@@ -105,7 +105,8 @@ def flops_per_token(model, with_clean=True, guess=False):
     a first guess (self-conditioning) all of this once more, forward only.
     """
     cfg, table = model.cfg, 0 if model.cfg.objective == "eps" else model.wte.numel()
-    d, T, P, crossed = cfg.n_embd, cfg.block_size, cfg.prompt_size, cfg.n_layer // cfg.cross_every
+    d, crossed = cfg.n_embd, cfg.n_layer // cfg.cross_every
+    T, P = cfg.block_size, cfg.prompt_size
     layers = noisy_products(cfg, (1 + with_clean) * T) + clean_products(cfg, T) * with_clean
     layers += crossed * 2 * d * d * (1 + P) / T                                         # keys and values of the prompt
     prompt = model.prompt_proj.weight.numel() * P / T
@@ -115,10 +116,10 @@ def flops_per_token(model, with_clean=True, guess=False):
 
 
 def text_flops(cfg, vocab_size, order, steps, branches):
-    """FLOPs of writing a text of one window in an order (T,) of blocks, in so many steps each: the layers for each
+    """FLOPs of writing a text in an order (T,) of blocks of equal length, each in `steps` steps: the layers for each
     branch (two with guidance), posterior mean, scores and guess once."""
-    T, V, num_blocks = len(order), -(-vocab_size // 64) * 64, len(order.unique())
-    n = T / num_blocks
+    T, num_blocks = len(order), len(order.unique())
+    n, V = T / num_blocks, -(-vocab_size // 64) * 64
     keys = (num_blocks + 1) / 2 * n                             # of the blocks so far and of this one, on the average
     layers = T * steps * noisy_products(cfg, keys) + (T - n) * clean_products(cfg, keys)
     return 2 * (branches * layers + T * steps * (4 * cfg.token_dim + cfg.n_embd) * V)
@@ -156,7 +157,8 @@ def seconds(f, device, repeats, warmup=3, pick=statistics.median):
 
 def rate(shape, vocab_size, device, dtype, repeats=2, warmup=1):
     """FLOP/s of the products of one forward pass over a batch: layers, and scores in chunks as the model has them."""
-    d, L, M, V = shape.n_embd, shape.n_layer, shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
+    d, L = shape.n_embd, shape.n_layer
+    M, V = shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
     rows = min(M, max(1, MAX_SCORES // V))
     products = [(M, d, d, 2 * L), (M, d, 2 * d, L), (M, d, 4 * d, L), (M, 4 * d, d, L),
                 (rows, shape.token_dim, V, M / rows), (rows, d + shape.token_dim, V, M / rows)]
@@ -226,7 +228,8 @@ def make_step(shape, vocab_size, machine):
 
 
 def training(cfg, name, shape, machine):
-    rows, device, peak = [], machine.device, peak_flops(machine.device)
+    device, peak = machine.device, peak_flops(machine.device)
+    rows = []
     for compiled in (False, True)[:1 + machine.compiled]:
         for guess in (False, True):
             chosen = replace(shape, self_conditioning=float(guess))
@@ -304,7 +307,8 @@ def profile(cfg, name, shape, machine):
 
 def sampling(cfg, name, shape, machine, bytes_rate):
     """Texts of cfg.tokens tokens after a prompt: one by one, in blocks of 8, and the window, as TEXTS has them."""
-    shape, T, rows = replace(shape, block_size=cfg.tokens), cfg.tokens, []
+    shape, T = replace(shape, block_size=cfg.tokens), cfg.tokens
+    rows = []
     model = to_inference(SunFish(shape, cfg.vocab_size), machine.device, machine.dtype)
     canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool),
                     torch.randint(cfg.vocab_size, (shape.prompt_size,)))
@@ -372,7 +376,8 @@ def main(cfg):
     keep_memory()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    parts, result, rows = cfg.parts.split(","), {"settings": asdict(cfg), "torch": torch.__version__}, []
+    parts, rows = cfg.parts.split(","), []
+    result = {"settings": asdict(cfg), "torch": torch.__version__}
     for name in cfg.shapes.split(","):
         result[f"{name}_rates"], found = measure(cfg, name, parts)
         rows += found
