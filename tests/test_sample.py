@@ -283,7 +283,7 @@ def test_an_open_blank_takes_the_length_that_makes_the_text_behind_it_likely(sma
         n = tokens.size(1) - (6 if behind else 3)
         costs = torch.full(tokens.shape, 9.0)
         costs[:, 3 + n if behind else 3:][:, :2 if behind else n] = abs(n - 5)
-        costs[:, 3 + n + 2:] = -n
+        costs[:, 3 + n + 2:] = -9 * n
         seen.append(n)
         return costs
     monkeypatch.setattr(writing, "nll_left_to_right", nll)
