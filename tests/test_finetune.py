@@ -190,6 +190,7 @@ def test_merged_equals_unmerged(small):
     assert list(small.state_dict()) == names and not any(isinstance(layer, LoRA) for layer in small.modules())
 
 
+@pytest.mark.slow
 def test_a_layer_equals_that_of_peft(small):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     mine = adapted(small).layers[0].up
@@ -224,12 +225,14 @@ def test_adapters_are_all_that_is_trained_and_kept(command, base, tmp_path):
     assert "ckpt_00000008.pt: step 8, trained on pairs" in ask(parts, "the dog").stderr
 
 
+@pytest.mark.slow
 def test_adapters_that_are_the_newest_run_write_on_their_base(command, tmp_path, monkeypatch):
     call([*command, "--lora_rank=2", "--max_steps=1", f"--out_dir={tmp_path / 'out' / 'lora'}"])
     monkeypatch.chdir(tmp_path)
     assert "ckpt_00000001.pt: step 1, trained on pairs" in ask("", "the dog").stderr
 
 
+@pytest.mark.slow
 def test_adapters_of_another_network_are_refused(command, base, tmp_path):
     place, other, adapter = shutil.copytree(base, tmp_path / "base"), tmp_path / "other", tmp_path / "run"
     call([*command, f"--out_dir={other}", "--max_steps=1"])                 # another network of the same shape

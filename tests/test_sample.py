@@ -180,6 +180,7 @@ def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base
     assert dots and err.getvalue() == f"step 1/1, noise level 1000\n{tokenizer.decode(ids[:2])}{dots}\n"
 
 
+@pytest.mark.slow
 def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
     out = write(base, "--prompt", "", "--seq_len=5", "--show", run=run)
     assert "trained on text.jsonl" in out.stderr and "step 3/3, noise level" in out.stderr
