@@ -35,11 +35,17 @@ def command(shards, tmp_path):
     return ["train.py", *SIZE, f"--dataset={shards}", f"--out_dir={tmp_path / 'run'}"]
 
 
+@pytest.fixture(scope="module")
+def four_steps(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four") / "run"
+    call(["train.py", *SIZE, f"--dataset={shards}", f"--out_dir={folder}", "--max_steps=4", "--save_interval=1"])
+    return folder
+
+
 @pytest.fixture
-def trained(command, tmp_path):
+def trained(four_steps, tmp_path):
     """The folder of a run of four steps with checkpoints after each of the last two."""
-    call([*command, "--max_steps=4", "--save_interval=1"])
-    return tmp_path / "run"
+    return shutil.copytree(four_steps, tmp_path / "run")
 
 
 def checkpoints(folder):

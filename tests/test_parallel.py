@@ -204,9 +204,10 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(command, alone, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_compiled_sharded_and_recomputed_is_eager_alone(command, tmp_path):
-    """What config/full.py does, on one process."""
-    args = [*command[1:], "--self_conditioning=0", "--max_steps=2"]
+def test_compiled_sharded_and_recomputed_is_eager_alone(command, tmp_path, monkeypatch):
+    """What config/full.py does, on one process; of one layer, as the compiler takes half a minute for each."""
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    args = [*command[1:], "--n_layer=1", "--cross_every=1", "--self_conditioning=0", "--max_steps=2"]
     call(["train.py", *args, f"--out_dir={tmp_path / 'alone'}"])
     args += ["--compile=true", "--parallel=fsdp", "--activation_checkpointing", f"--out_dir={tmp_path / 'full'}"]
     torchrun(args, options=["--nproc_per_node=1"])
