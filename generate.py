@@ -156,7 +156,7 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
         for block in order[~canvas.known].unique().tolist():
             pos = (order == block).nonzero().flatten()
             decoder.write_block(pos, steps)
-            if eot is not None:
+            if eot is not None and not cfg.strided:                     # whose blocks leave gaps before the end
                 ended |= (decoder.tokens[:, pos] == eot).any(1)
                 if ended.all():
                     break
@@ -228,7 +228,8 @@ def fill(model, pieces, cfg, rng, watch=None):
         start, canvas = infill_canvas(texts, known, int((~known).nonzero()[0]), model.cfg)
         stop = start + len(canvas.known)
         if watch:
-            watch.start = start
+            planned = plan(cfg, model.cfg, canvas.known)
+            watch.begin(start, canvas.known, planned.num_blocks * planned.steps)
         texts[:, start:stop] = generate(model, canvas, cfg, [make() for make in rng], watch).cpu()
         known[start:stop] = True
     return texts.tolist()

@@ -135,19 +135,23 @@ def encode_prompt(prompt, tokenizer, answers):
 # ---- output ----
 
 class Watch:
-    """What `generate` shows each step to: it counts them, redraws the first sample in the terminal, if asked, and keeps
-    for a page what each step decided of it: (t, positions, ids, probabilities)."""
+    """What `generate` shows each step to: it redraws the first sample in the terminal, if asked, and keeps for a page
+    what each step decided of it: (t, positions, ids, probabilities)."""
 
     def __init__(self, cfg, tokenizer, known, total):
-        self.cfg, self.tokenizer, self.total = cfg, tokenizer, total
-        self.calls, self.start, self.frames, self.written = 0, 0, [], known.clone()
+        self.cfg, self.tokenizer, self.frames = cfg, tokenizer, []
+        self.begin(0, known, total)
+
+    def begin(self, start, known, total):
+        """A window at `start`, given where known (T,), is now written in so many steps."""
+        self.start, self.written, self.total, self.calls = start, known.clone(), total, 0
 
     def __call__(self, t, tokens, pos, logits):
         self.calls += 1
         ids = tokens[0, pos]
-        if self.cfg.show and self.start == 0 and len(self.written) == tokens.size(1):
+        if self.cfg.show:
             self.written[pos.cpu()] = True
-            if sys.stderr.isatty() or self.calls % self.total == 0:
+            if sys.stderr.isatty() or self.calls == self.total:
                 self.draw(t, tokens[0].tolist())
         if self.cfg.html:
             sure = logits[0].float().softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -160,8 +164,7 @@ class Watch:
             part = [i for _, i in run_of]
             text += self.tokenizer.decode(part) if is_written else "\u00b7" * len(part)
         clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
-        step = (self.calls - 1) % self.total + 1
-        log(f"{clear}step {step}/{self.total}, noise level {t}\n{' '.join(text.split())}")
+        log(f"{clear}step {self.calls}/{self.total}, noise level {t}\n{' '.join(text.split())}")
 
 
 def print_sample(cfg, prompt, number, text, answers):
@@ -212,7 +215,10 @@ def export_network(cfg, path, content, text):
         facts["begun with"] = "{label}; licence: {licence}; {steps:,} steps".format(**data["base"])
     facts = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     card = dict(name=folder.resolve().name, facts=facts, seed=cfg.seed, prompt=json.dumps(cfg.prompt))
-    (folder / "README.md").write_text(CARD.format(text=" ".join(text.split()), **card), encoding="utf-8")
+    try:
+        (folder / "README.md").write_text(CARD.format(text=" ".join(text.split()), **card), encoding="utf-8")
+    except OSError as error:
+        raise Fault(f"cannot write export={folder} ({error.strerror}); choose another folder") from None
     log(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; complete its README.md, use it with "
         f"--checkpoint={folder}, share it with: hf upload USER/NAME {folder}")
 
@@ -271,20 +277,20 @@ def main(cfg):
     say_what(cfg, network, prompts, plans[0], f"{device}, {str(dtype)[6:]}")
     if 0 in pieces:
         log(f"each [MASK] is tried with 1 to {LONGEST} tokens")
-    clock, tokens, calls = time.perf_counter(), 0, 0
+    clock, tokens, calls = time.perf_counter(), 0, []
+    model.register_forward_hook(lambda *_: calls.append(1))
     for prompt, canvas, planned in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch = Watch(cfg, tokenizer, canvas.known, planned.num_blocks * planned.steps)
             made, shown = write_batch(cfg, model, canvas, pieces, numbers, watch, eot)
             tokens += sum(map(len, made)) - len(made) * sum(len(piece) for piece in pieces if isinstance(piece, list))
-            calls += watch.calls
             for number, ids in zip(numbers, made, strict=True):
                 print_sample(cfg, prompt, number, tokenizer.decode(ids), answers)
             if cfg.html and first == 0 and canvas is canvases[0]:
                 save_page(cfg.html, model.alpha_bar(), tokenizer, shown, watch.frames)
     seconds = time.perf_counter() - clock
-    log(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {calls} network calls")
+    log(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {len(calls):,} network calls")
 
 
 if __name__ == "__main__":
