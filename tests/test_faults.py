@@ -332,10 +332,11 @@ def test_a_row_that_was_cut_short_is_dropped_and_the_others_stay(command, traine
 def test_odd_rows_of_the_log_never_stop_a_run(command, trained):
     """Such as another program, or a fault of the disk, may leave there; later rows are kept."""
     rows = (trained / "log.jsonl").read_text().splitlines()
-    odd = ["5", "null", "{}", "[]", '{"step": "x"}', "\0\0", "no json"]
-    (trained / "log.jsonl").write_text("\n".join([rows[0], *odd, *rows[1:]]) + "\n")
+    odd = ["5", "null", "{}", "[]", '{"step": "x"}', "\0\0", "no json", "\udcff"]
+    text = "\n".join([rows[0], *odd, *rows[1:]]) + "\n"
+    (trained / "log.jsonl").write_text(text, errors="surrogateescape")
     call([*command, "--resume", "--max_steps=6"])
-    kept = (trained / "log.jsonl").read_text().splitlines()
+    kept = (trained / "log.jsonl").read_text(errors="replace").splitlines()
     assert kept[:1] == rows[:1] and all(row in kept for row in rows if "bound" not in row) and '"step": 6' in kept[-1]
 
 
