@@ -113,7 +113,8 @@ def describe(cfg):
 def split_args(argv, kinds):
     """Config files and (name, text) pairs, each in the order given; knows `--key=value`, `--key value` and a bare
     `--flag`."""
-    files, pairs, args = [], [], list(argv)
+    files, pairs = [], []
+    args = list(argv)
     while args:
         arg = args.pop(0)
         if not arg.startswith("-"):

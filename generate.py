@@ -78,7 +78,8 @@ class Decoder:
     """
 
     def __init__(self, model, canvas, cfg, order, rng, watch):
-        self.model, self.cfg, self.rng, self.watch = model, cfg, rng, watch
+        self.model, self.cfg = model, cfg
+        self.rng, self.watch = rng, watch
         self.alpha_bar, self.vectors = model.alpha_bar(), model.embedding()
         self.E = self.vectors.to(model.dtype)                              # of the products
         self.tokens = canvas.idx.expand(len(rng), -1).clone()
@@ -123,15 +124,16 @@ class Decoder:
                 self.watch(int(t[0]), self.tokens, pos, logits)
             return guess
 
-        x, rng, alpha_bar = self.vectors[self.tokens], self.rng, self.alpha_bar
+        x, rng = self.vectors[self.tokens], self.rng
         if self.cfg.sampler == "ddpm":
-            sample_ddpm(denoise, diffusion.randn(x[:, pos], rng), alpha_bar, steps, rng)
+            sample_ddpm(denoise, diffusion.randn(x[:, pos], rng), self.alpha_bar, steps, rng)
         elif self.cfg.sampler == "ddim":
-            sample_ddim(denoise, diffusion.randn(x[:, pos], rng), alpha_bar, steps, self.cfg.eta, rng)
+            sample_ddim(denoise, diffusion.randn(x[:, pos], rng), self.alpha_bar, steps, self.cfg.eta, rng)
         else:
             held = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device).index_fill(1, pos, False)
             in_text = partial(denoise_part, denoise, pos)
-            sample_constrained_ddim(in_text, diffusion.randn(x, rng), alpha_bar, x, held, steps, self.cfg.eta, rng)
+            x_T = diffusion.randn(x, rng)
+            sample_constrained_ddim(in_text, x_T, self.alpha_bar, x, held, steps, self.cfg.eta, rng)
         self.new = pos
 
 
@@ -268,14 +270,16 @@ class Scorer:
     """The network on Texts whose tokens that count are written in blocks of so many tokens."""
 
     def __init__(self, model, texts, block_length, strided=False):
-        self.model, self.texts, self.E = model, texts, model.embedding()
+        self.model, self.texts = model, texts
+        self.E = model.embedding()
         order, before = diffusion.block_order(texts.loss_mask, block_length, strided), texts.loss_mask.cumsum(1) == 0
         self.order = torch.where(texts.loss_mask, order, torch.where(before, -1, LATER))
         self.one_block = bool((self.order == self.order[0, 0]).all())
 
     def predict(self, rows, two_passes, x_t, log_snr):
         """(x_0_hat, logits) of the texts in rows, of a second pass if there are two (self-conditioning)."""
-        texts, E, guess = self.texts, self.E, None
+        texts, E = self.texts, self.E
+        guess = None
         x_0, order = E[texts.idx[rows]], None if self.one_block else self.order[rows]
         prompt = self.model.encode_prompt(texts.prompt[rows], texts.prompt_mask[rows], E)
         for _ in range(1 + two_passes):
@@ -304,7 +308,8 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     """
     if steps == 0:
         steps = 1 if block_length == 1 and model.cfg.objective == "ce" else model.cfg.timesteps
-    scorer, idx, mask = Scorer(model, texts, block_length, strided), texts.idx, texts.loss_mask
+    scorer = Scorer(model, texts, block_length, strided)
+    idx, mask = texts.idx, texts.loss_mask
     alpha_bar = diffusion.subsample(model.alpha_bar(), steps)
     t = diffusion.stratified(len(idx), steps, scorer.order.cpu(), diffusion.generator("cpu", "bound"))
     most = max(1, MAX_SCORES // (idx.size(1) * len(model.wte)))
@@ -312,7 +317,8 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     for rows in torch.arange(len(idx)).split(min(batch_size, most)):
         rng = [diffusion.generator(idx.device, "bound", i) for i in rows.tolist()]
         predict = partial(scorer.predict, rows, steps > 1)
-        draws.append(diffusion.likelihood_bound(predict, scorer.E, idx[rows], alpha_bar, t[rows], rng))
+        with torch.autocast(idx.device.type, model.dtype, enabled=model.dtype != torch.float32):
+            draws.append(diffusion.likelihood_bound(predict, scorer.E, idx[rows], alpha_bar, t[rows], rng))
     parts = [torch.where(mask, torch.cat(part), 0).sum(1) for part in zip(*draws, strict=True)]
     total, tokens = sum(parts), mask.sum(1)                                                     # of each text
     mean = total.sum() / tokens.sum()

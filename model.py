@@ -230,7 +230,8 @@ class Layer(nn.Module):
     def forward(self, x, modulation, layout, prompt, cache, is_last):
         """x (B, N, n_embd) -> (B, N, n_embd); of the last layer (B, n, n_embd), its noisy tokens only."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.offset).chunk(6, -1)
-        pos, mask, m = layout.pos, layout.mask, layout.num_clean
+        pos, mask = layout.pos, layout.mask
+        m = layout.num_clean
         x = x + self.conv(norm(x), layout, cache)
         y = torch.addcmul(shift1, norm(x), 1 + scale1)
         k, v = self.attn.keys_values(y, pos)
@@ -238,7 +239,8 @@ class Layer(nn.Module):
             k, v = cache.append(k, v, m)
         if is_last and m:                                                  # nobody reads its clean tokens
             x, y, gate1, scale2, shift2, gate2 = (part[:, m:] for part in (x, y, gate1, scale2, shift2, gate2))
-            pos, mask, m = pos[m:], mask[:, :, m:], 0
+            pos, mask = pos[m:], mask[:, :, m:]
+            m = 0
         x = torch.addcmul(x, gate1, self.attn(y, pos, k, v, mask, m if cache is None else 0))
         if self.cross is not None:
             k, v = self.prompt_keys(prompt, cache)
@@ -264,7 +266,8 @@ class SunFish(nn.Module):
 
     def __init__(self, cfg, vocab_size, log_unigram=None):
         super().__init__()
-        C, d, V = cfg.token_dim, cfg.n_embd, -(-vocab_size // 64) * 64
+        C, d = cfg.token_dim, cfg.n_embd
+        V = -(-vocab_size // 64) * 64
         self.cfg, self.vocab_size = cfg, vocab_size
         self.dtype = torch.float32                                         # of the products, in generation
         self.cross_entropy = cross_entropy                                 # may be compiled
@@ -453,7 +456,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cross_entropy, weight, bias, features, idx, loss_mask):
         needs_weight, needs_features = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        nll, grad_features, grad_weight, grad_bias = [], [], 0.0, 0.0
+        nll, grad_features = [], []
+        grad_weight = grad_bias = 0.0
         for rows, some, mask in chunks(len(weight), features, idx, loss_mask):
             part, grad = cross_entropy(weight, bias, rows, some)
             nll.append(part)

@@ -139,12 +139,14 @@ class Watch:
     what each step decided of it: (t, positions, ids, probabilities)."""
 
     def __init__(self, cfg, tokenizer, known, total):
-        self.cfg, self.tokenizer, self.frames = cfg, tokenizer, []
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.frames = []
         self.begin(0, known, total)
 
     def begin(self, start, known, total):
         """A window at `start`, given where known (T,), is now written in so many steps."""
-        self.start, self.written, self.total, self.calls = start, known.clone(), total, 0
+        self.start, self.written = start, known.clone()
+        self.total, self.calls = total, 0
 
     def __call__(self, t, tokens, pos, logits):
         self.calls += 1
@@ -261,7 +263,8 @@ def main(cfg):
     model = ckpt.load_model(content, device, dtype, cfg.quantize == "int8")
     tokenizer = get_tokenizer(content["data"]["tokenizer"])
     answers = content["data"]["kind"] == "instructions" and cfg.mode == "generate"
-    eot, pieces, prompts = tokenizer.eot_token if answers else None, [], read_prompts(cfg.prompt)
+    eot, prompts = tokenizer.eot_token if answers else None, read_prompts(cfg.prompt)
+    pieces = []
     if cfg.mode == "infill":
         pieces = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
         idx, known = to_canvas(pieces)
@@ -277,7 +280,8 @@ def main(cfg):
     say_what(cfg, network, prompts, plans[0], f"{device}, {str(dtype)[6:]}")
     if 0 in pieces:
         log(f"each [MASK] is tried with 1 to {LONGEST} tokens")
-    clock, tokens, calls = time.perf_counter(), 0, []
+    clock, calls = time.perf_counter(), []
+    tokens = 0
     model.register_forward_hook(lambda *_: calls.append(1))
     for prompt, canvas, planned in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
