@@ -24,6 +24,7 @@ from machine import world_size
 from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
 
 FORMAT = 5                                                              # of checkpoints and exports
+CKPT = f"ckpt_{8 * '[0-9]'}.pt"                                        # the files of a run, and not copies beside them
 EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of an export
 
 
@@ -64,7 +65,7 @@ def read(path):
         raise Fault(f"{path} is not a sound checkpoint ({reason(error)})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
-        raise Fault(f"{path} is a checkpoint of format {found}, and this code reads format {FORMAT}; train again")
+        raise UserError(f"{path} is a checkpoint of format {found}, and this code reads format {FORMAT}; train again")
     return content
 
 
@@ -79,9 +80,9 @@ def find(place):
         return place, read_export(place)
     if place.is_file():
         return place, read(place)
-    below = sorted(place.rglob("ckpt_*.pt"), key=os.path.getmtime)
+    below = sorted(place.rglob(CKPT), key=os.path.getmtime)
     here = below[-1].parent if below and place not in {path.parent for path in below} else place
-    paths = sorted(here.glob("ckpt_*.pt"), reverse=True)
+    paths = sorted(here.glob(CKPT), reverse=True)
     for path in paths:
         try:
             return path, read(path)
@@ -96,7 +97,7 @@ def save(cfg, done, state, **content):
     """Write out_dir/ckpt_STEP.pt of a run after `done` steps, and drop all but the newest."""
     path = Path(cfg.out_dir) / f"ckpt_{done:08d}.pt"
     write(path, dict(config=dataclasses.asdict(cfg), step=done, world_size=world_size(), **state, **content))
-    for old in sorted(path.parent.glob("ckpt_*.pt"))[:-cfg.keep_last]:
+    for old in sorted(path.parent.glob(CKPT))[:-cfg.keep_last]:
         if not cfg.keep_interval or int(old.stem[5:]) % cfg.keep_interval:
             old.unlink()
 

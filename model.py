@@ -442,9 +442,9 @@ def in_chunks(f, width, *inputs):
 def cross_entropy(weight, bias, features, idx):
     """-log p (M,) of tokens idx (M,) under F.linear(features, weight, bias), and its gradient for the scores (M, V)."""
     scores, idx = F.linear(features, weight, bias).float(), idx[:, None]
-    best, at = scores.max(-1, keepdim=True)
     p = scores.softmax(-1)
-    nll = best - p.gather(-1, at).log() - scores.gather(-1, idx)      # log of the sum of exp, less the score
+    log_sum = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()       # of exp(scores)
+    nll = log_sum - scores.gather(-1, idx)
     return nll[:, 0], p.scatter_add_(-1, idx, -torch.ones_like(nll)).to(weight.dtype)
 
 
