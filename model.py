@@ -360,7 +360,8 @@ class SunFish(nn.Module):
         """x (B, m + n, 2C) as `join` makes it, at noise levels log_snr (B, n), -> hidden states (B, n, n_embd). The
         clean tokens are added to the cache, a list of LayerCaches, if there is one."""
         x = self.in_proj(x)
-        layout = layout._replace(mask=additive(layout.mask, x.dtype), pos=layout.pos.to(x.device))
+        near = None if layout.near is None else layout.near.float()
+        layout = layout._replace(mask=additive(layout.mask, x.dtype), pos=layout.pos.to(x.device), near=near)
         prompt, x = prompt._replace(mask=additive(prompt.mask, x.dtype)), x.float()
         modulation = self.modulation(log_snr).to(x.dtype)                              # (B, n, 6 n_embd)
         if layout.num_clean:
