@@ -1,9 +1,11 @@
 """prepare_fineweb.py: nothing lost between text and shards, and every fault ends in one line."""
 import base64
 import collections
+import contextlib
 import dataclasses
 import fcntl
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -26,8 +28,8 @@ from pyarrow import parquet
 
 import prepare_fineweb as pf
 from configurator import Fault, UserError, load
-from data import (PATTERN, cut_at_eot, encode, find_dataset, find_shards, format_instruction, get_tokenizer, lock, read_examples,
-                  read_meta, read_shard, write_shard)
+from data import (PATTERN, cut_at_eot, encode, find_dataset, find_shards, format_instruction, get_tokenizer, lock,
+                  read_examples, read_meta, read_shard, write_shard)
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD = ["", " ", "plain words, and more of them", "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", "null \0 byte",
@@ -39,18 +41,31 @@ SMALL = ("--tokenizer=corpus", "--vocab_size=300", "--workers=1", "--max_tokens=
 COMMAND = [sys.executable, str(ROOT / "prepare_fineweb.py")]
 
 
-def prepare_in(cwd, *args, code=0, **kwargs):
-    """Run the script; returns its output, or the one line with which it refused."""
+def run_in(cwd, *args, code=0, **kwargs):
+    """Run the script in a folder; returns its output, or the one line with which it refused."""
     result = subprocess.run([*COMMAND, *args], cwd=cwd, capture_output=True, text=True, **kwargs)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert (result.returncode, len(lines)) == (code, code > 0) and "Traceback" not in result.stderr, result.stderr
     return lines[0] if code else result.stdout
 
 
-def refused(function, *args, error=UserError):
+def prepare_in(cwd, *args):
+    """As `run_in`, but inside this process, which saves the seconds of importing torch."""
+    out = io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out):
+        pf.main(load(pf.Config, args))
+    return out.getvalue()
+
+
+def prepare(source, out, **settings):
+    """Run `prepare` in this process, with a small tokenizer trained on the text; returns the folder of shards."""
+    return pf.prepare(pf.Config(str(source), out=str(out), **{"tokenizer": "corpus", "vocab_size": 300, **settings}))
+
+
+def refused(function, *args, error=UserError, **settings):
     """The one line with which the program would end."""
     with pytest.raises(error) as raised:
-        function(*args)
+        function(*args, **settings)
     return str(raised.value)
 
 
@@ -71,7 +86,7 @@ def tokens_in(folder, split):
 
 def documents(folder, split):
     """The texts in the shards of a split, in order."""
-    tokenizer, ids = get_tokenizer(read_meta(folder)["tokenizer"]), tokens_in(folder, split)
+    tokenizer, ids = pf.get_tokenizer(read_meta(folder)["tokenizer"]), tokens_in(folder, split)
     starts = np.flatnonzero(ids == tokenizer.eot_token)
     return [tokenizer.decode(part[1:].tolist()) for part in np.split(ids, starts)[1:]]
 
@@ -163,7 +178,8 @@ def test_public_shards_are_read(tmp_path):
     with pytest.raises(UserError, match="python prepare_fineweb.py"):
         find_shards(tmp_path / "nowhere", "train")
     (tmp_path / "t.txt").write_text("text")                             # ours are not mixed into these
-    assert "other origin" in prepare_in(tmp_path, "--source=t.txt", "--out=.", code=2) and len(list(tmp_path.iterdir())) == 3
+    assert "other origin" in refused(prepare_in, tmp_path, "--source=t.txt", "--out=.")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_find_dataset_takes_the_first_there_is(tmp_path):
@@ -178,14 +194,15 @@ def test_find_dataset_takes_the_first_there_is(tmp_path):
 
 
 def test_meta_files_that_are_damaged_or_not_true_are_refused(tmp_path):
-    folder = pf.prepare(pf.Config(str(write_jsonl(tmp_path / "t.jsonl", sentences(50))), "corpus", 300, out=str(tmp_path / "o")))
+    folder = prepare(write_jsonl(tmp_path / "t.jsonl", sentences(50)), tmp_path / "o")
     path = folder / "meta.json"
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"finished": False}))
     assert "not finished" in refused(read_meta, folder) and "no data" in refused(find_dataset, str(folder))
     path.write_text(json.dumps(meta | {"shards": [*meta["shards"], {"name": "train_000001.bin"}]}))
     assert "train_000001.bin is missing" in refused(read_meta, folder)
-    for text in ("{}", "[]", "{", "5", "", "\xff", json.dumps(meta | {"vocab_size": "300"}), json.dumps(meta | {"shards": [3]})):
+    wrong = [json.dumps(meta | change) for change in ({"vocab_size": "300"}, {"shards": [3]}, {"tokenizer": None})]
+    for text in ("{}", "[]", "{", "5", "", "\xff", *wrong):
         path.write_text(text, encoding="latin-1")
         for function in (read_meta, find_dataset):
             assert f"{path} is damaged" in refused(function, str(folder))
@@ -194,9 +211,10 @@ def test_meta_files_that_are_damaged_or_not_true_are_refused(tmp_path):
 def test_tokenizers_that_are_damaged_or_not_ours_are_refused():
     spec = pf.train_tokenizer(sentences(5), 300)
     assert get_tokenizer(spec).n_vocab <= 300
-    bad = [{}, [], {"name": "../../etc/passwd"}, {"name": None}, spec | {"pattern": "("}, spec | {"pattern": "(a|a)*"}, spec | {"tokens": 5},
-           spec | {"tokens": ["not base64!"]}, spec | {"tokens": spec["tokens"][1:]}, spec | {"tokens": [*spec["tokens"], spec["tokens"][-1]]}]
-    for other in bad:
+    tokens = spec["tokens"]
+    bad_tokens = [5, None, ["not base64!"], tokens[1:], tokens[:99], [*tokens, tokens[-1]], [3, *tokens[1:]]]
+    bad = [*({"tokens": other} for other in bad_tokens), {"pattern": "("}, {"pattern": "(a|a)*"}, {"name": "r50k_base"}]
+    for other in ({}, [], {"name": "../../etc/passwd"}, {"name": None}, *(spec | change for change in bad)):
         assert "not one of ours" in refused(get_tokenizer, other)
 
 
@@ -206,9 +224,10 @@ def test_ids_are_cut_at_the_end_of_text():
 
 @pytest.mark.slow
 def test_the_embedded_corpus_is_prepared(tmp_path):
-    folder = pf.prepare(pf.Config(source="pydoc", vocab_size=300, out=str(tmp_path / "pydoc")))
+    folder = prepare("pydoc", tmp_path / "pydoc", tokenizer="")
     meta = read_meta(folder)
-    assert "embedded corpus" in meta["label"] and meta["vocab_size"] == 300 and find_dataset("a,pydoc", tmp_path) == folder
+    assert "embedded corpus" in meta["label"] and meta["vocab_size"] == 300
+    assert find_dataset("a,pydoc", tmp_path) == folder
 
 
 def test_all_kinds_of_files_give_their_documents(tmp_path):
@@ -295,25 +314,27 @@ def test_fineweb_is_streamed(tmp_path, monkeypatch):
     assert asked == [expected] * len(asked) and documents(tmp_path / "o", "train") == texts
     meta = read_meta(tmp_path / "o")
     assert (meta["revision"], meta["licence"], meta["documents"]) == (commit, "ODC-By 1.0", 600)
-    for Rows.num_shards in (1, 4):                  # a part is every fourth document, or every fourth of the hub's files
+    for Rows.num_shards in (1, 4):                  # every fourth document, or every fourth of the hub's files
         assert list(pf.read_hub("x/y", commit, "default", (1, 4))) == [commit, *((text,) for text in texts[1::4])]
 
 
+@pytest.mark.slow
 def test_no_network_is_said_in_one_line(tmp_path):
     nowhere = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9",
                "HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
     start = time.monotonic()
-    line = prepare_in(tmp_path, code=1, env=nowhere)
+    line = run_in(tmp_path, code=1, env=nowhere)
     assert all(word in line for word in ("HF_TOKEN", "HF_ENDPOINT", "--source=FILE", "--source=pydoc"))
     (tmp_path / "t.txt").write_text("some text")
-    line = prepare_in(tmp_path, "--source=t.txt", code=2, env=nowhere)
+    line = run_in(tmp_path, "--source=t.txt", code=2, env=nowhere)
     assert all(word in line for word in ("vocab.bpe", "encoder.json", "TIKTOKEN_CACHE_DIR", "--tokenizer=corpus"))
     assert time.monotonic() - start < 20 and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("setting, says", [
     ("max_tokens=many", "write for example 50k, 100M"), ("part=2/2", "0 <= i < n"), ("part=1", "0 <= i < n"),
-    ("tokenizer=bert", "gpt2, corpus, a folder"), ("vocab_size=256", "choose 257 to 65536"), ("vocab_size=65537", "65536"),
+    ("tokenizer=bert", "gpt2, corpus, a folder"), ("vocab_size=256", "choose 257 to 65536"),
+    ("vocab_size=65537", "65536"),
     ("val_fraction=1", "val_fraction=1.0"), ("shard_tokens=0", "shard_tokens=0"), ("workers=-1", "workers=-1")])
 def test_bad_settings_are_refused(setting, says):
     assert says in refused(load, pf.Config, [f"--{setting}"])
@@ -343,8 +364,7 @@ def test_validation_is_chosen_by_the_text_alone(tmp_path):
 @pytest.mark.parametrize("texts", [["one document, and no more than this one"], sentences(3), sentences(100)])
 @pytest.mark.parametrize("fraction", [0.005, 0.9])
 def test_a_small_source_has_validation_too(tmp_path, texts, fraction):
-    pf.prepare(pf.Config(source=str(write_jsonl(tmp_path / "t.jsonl", texts)), out=str(tmp_path / "o"),
-                         tokenizer="corpus", vocab_size=300, val_fraction=fraction))
+    prepare(write_jsonl(tmp_path / "t.jsonl", texts), tmp_path / "o", val_fraction=fraction)
     n_train, n_val = (len(tokens_in(tmp_path / "o", split)) for split in ("train", "val"))
     tokenizer = get_tokenizer(read_meta(tmp_path / "o")["tokenizer"])
     total = sum(len(encode(tokenizer, text)) for text in texts)
@@ -362,10 +382,10 @@ def test_shards_budget_meta_and_rerun(tmp_path):
     assert (meta["source"], meta["vocab_size"], meta["licence"]) == ("t.jsonl", 300, "yours")
     assert set(before) == {"meta.json", *(shard["name"] for shard in meta["shards"])}
     assert "already prepared" in prepare_in(tmp_path, *args) and contents(folder) == before
-    assert "prepared with vocab_size=300;" in prepare_in(tmp_path, *args, "--vocab_size=301", code=2)
+    assert "prepared with vocab_size=300;" in refused(prepare_in, tmp_path, *args, "--vocab_size=301")
     assert contents(folder) == before
     write_jsonl(tmp_path / "t.jsonl", sentences(401))
-    assert "revision=1 file" in prepare_in(tmp_path, *args, code=2)
+    assert "revision=1 file" in refused(prepare_in, tmp_path, *args)
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
@@ -399,7 +419,8 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     write_shard(tmp_path / "train_000000.bin", memoryview(tokens)[:3_000_000])
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
-    texts, meta = ((str(i),) for i in itertools.count()), {"tokenizer": pf.train_tokenizer([], 257), "train_tokens": 0}
+    texts = ((str(i),) for i in itertools.count())
+    meta = {"tokenizer": pf.train_tokenizer([], 257), "kind": "text", "train_tokens": 0}
     rows = pf.encode_all(texts, meta, 2, sys.maxsize)
     assert [len(row.tokens) for row in itertools.islice(rows, 1000)] == [1 + len(str(i)) for i in range(1000)]
     rows.close()
@@ -433,42 +454,60 @@ def write_pairs(path, rows):
     return path
 
 
+def examples_in(path):
+    """[(instruction, response)] of a shard, in tokens."""
+    tokens, lengths = read_examples(path)
+    parts = np.split(tokens, lengths.cumsum())[:-1]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
 def test_instruction_records_become_whole_examples(tmp_path):
-    """Each comes back as it was: instruction, input and response, opened and closed by end of text; three spellings of the keys."""
-    rows = [[dict(instruction=q, input=c, output=a), dict(instruction=q, context=c, response=a), dict(prompt=f"{q}\n{c}", response=a)][i % 3]
-            for i, (q, c, a) in enumerate(PAIRS)]
-    folder = pf.prepare(pf.Config(source=str(write_pairs(tmp_path / "t.jsonl", rows)), tokenizer="corpus", vocab_size=300, out=str(tmp_path / "out")))
+    """Each comes back as it was, in three spellings of the keys, between two end-of-text tokens."""
+    rows = []
+    for question, context, answer in PAIRS:
+        rows += [dict(instruction=question, input=context, output=answer)]
+        rows += [dict(instruction=question, context=context, response=answer)]
+        rows += [dict(prompt=f"{question}\n{context}", response=answer)]
+    folder = prepare(write_pairs(tmp_path / "t.jsonl", rows), tmp_path / "out")
     meta, found = read_meta(folder), []
     tokenizer = get_tokenizer(meta["tokenizer"])
-    for split, least in (("train", 70), ("val", 1)):
+    for split, least in (("train", 200), ("val", 1)):
         path, = find_shards(folder, split)
-        tokens, lengths = read_examples(path)
-        assert len(lengths) >= least and path.stat().st_size == 1024 + 8 * len(lengths) + 2 * len(tokens)
-        for part, (n, _) in zip(np.split(tokens, lengths.sum(1).cumsum())[:-1], lengths, strict=True):
-            assert part[0] == part[-1] == tokenizer.eot_token
-            found.append((tokenizer.decode(part[1:n].tolist()), tokenizer.decode(part[n:-1].tolist())))
-    assert sorted(found) == sorted((format_instruction(q, c), f" {a}") for q, c, a in PAIRS) and meta["kind"] == "instructions"
+        examples = examples_in(path)
+        assert len(examples) >= least
+        assert path.stat().st_size == 1024 + 8 * len(examples) + 2 * len(read_shard(path))
+        for instruction, response in examples:
+            assert instruction[0] == response[-1] == tokenizer.eot_token
+            found.append((tokenizer.decode(instruction[1:].tolist()), tokenizer.decode(response[:-1].tolist())))
+    assert sorted(found) == sorted((format_instruction(q, c), f" {a}") for q, c, a in PAIRS for _ in range(3))
+    assert meta["kind"] == "instructions"
     assert format_instruction("Say it again.", "the cat") == "Say it again.\nthe cat\n\nAnswer:"
 
 
 def test_one_instruction_is_on_one_side_whatever_the_part(tmp_path):
     rows = [dict(prompt=f"Say {i % 150}.", response=f"it {i}") for i in range(300)]
     source, sides = write_pairs(tmp_path / "t.jsonl", rows), {"train": set(), "val": set()}
+    vocabulary = tmp_path / "vocabulary"
+    vocabulary.mkdir()
     spec = pf.train_tokenizer([row["prompt"] + row["response"] for row in rows], 300)
-    (tmp_path / "vocabulary").mkdir()
-    (tmp_path / "vocabulary" / "tokenizer.json").write_text(json.dumps(spec))
+    (vocabulary / "tokenizer.json").write_text(json.dumps(spec))
     for i in range(3):
-        pf.prepare(pf.Config(source=str(source), tokenizer=str(tmp_path / "vocabulary"), part=f"{i}/3", out=str(tmp_path / "out")))
+        prepare(source, tmp_path / "out", tokenizer=str(vocabulary), part=f"{i}/3")
     for split, found in sides.items():
         for path in find_shards(tmp_path / "out", split):
-            tokens, lengths = read_examples(path)
-            found.update(bytes(part[:n].astype("<u2")) for part, (n, _) in zip(np.split(tokens, lengths.sum(1).cumsum())[:-1], lengths, strict=True))
-    assert not sides["train"] & sides["val"] and len(sides["train"] | sides["val"]) == 150 and 1 <= len(sides["val"]) < 15
-    same = write_pairs(tmp_path / "same.jsonl", [dict(prompt="Say it.", response=f"it {i}") for i in range(9)] + [dict(prompt="Say it.", response=" ")])
-    folder = pf.prepare(pf.Config(source=str(same), tokenizer="corpus", vocab_size=300, out=str(tmp_path / "same")))
-    assert [len(read_examples(find_shards(folder, split)[0])[1]) for split in ("train", "val")] in ([8, 1], [1, 8])
-    few = pf.Config(source=str(same), tokenizer="corpus", vocab_size=300, part="10/11", out=str(tmp_path / "few"))
-    assert [path.name for path in pf.prepare(few).iterdir()] == ["meta_p010.json"]             # a part may be empty
+            found.update(instruction.tobytes() for instruction, _ in examples_in(path))
+    assert not sides["train"] & sides["val"] and len(sides["train"] | sides["val"]) == 150
+    assert 1 <= len(sides["val"]) < 15
+
+
+def test_few_examples(tmp_path):
+    """Validation has one of them even if all have one instruction; a part may have none at all."""
+    rows = [dict(prompt="Say it.", response=f"it {i}") for i in range(9)] + [dict(prompt="Say it.", response=" ")]
+    same = write_pairs(tmp_path / "same.jsonl", rows)                   # the last one is blank
+    folder = prepare(same, tmp_path / "same")
+    counts = [len(examples_in(find_shards(folder, split)[0])) for split in ("train", "val")]
+    assert counts in ([8, 1], [1, 8])
+    assert [path.name for path in prepare(same, tmp_path / "few", part="10/11").iterdir()] == ["meta_p010.json"]
 
 
 def test_records_may_have_more_keys_and_files_blank_lines(tmp_path):
@@ -483,10 +522,9 @@ def test_records_may_have_more_keys_and_files_blank_lines(tmp_path):
 
 
 def test_examples_take_the_tokenizer_of_a_folder_and_mistakes_in_them_are_named(tmp_path):
-    text = pf.prepare(pf.Config(source=str(write_jsonl(tmp_path / "text.jsonl", sentences(50))), tokenizer="corpus", vocab_size=300,
-                                out=str(tmp_path / "text")))
+    text = prepare(write_jsonl(tmp_path / "text.jsonl", sentences(50)), tmp_path / "text")
     source = write_pairs(tmp_path / "t.jsonl", [dict(prompt="Say it.", response=f"it {i}") for i in range(30)])
-    folder = pf.prepare(pf.Config(source=str(source), tokenizer=str(text), out=str(tmp_path / "pairs")))
+    folder = prepare(source, tmp_path / "pairs", tokenizer=str(text))
     assert read_meta(folder)["tokenizer"] == read_meta(text)["tokenizer"]
     path, = find_shards(folder, "train")
     content = path.read_bytes()
@@ -494,7 +532,8 @@ def test_examples_take_the_tokenizer_of_a_folder_and_mistakes_in_them_are_named(
     with pytest.raises(UserError, match="its examples should have"):
         read_examples(path)
     mixed = write_pairs(tmp_path / "mixed.jsonl", [dict(prompt="Say it.", response="it"), dict(text="it")])
-    half = write_pairs(tmp_path / "half.jsonl", [dict(instruction="Say it.", output="it")] * 30 + [dict(instruction="Say it.", input="it")])
+    rows = [dict(instruction="Say it.", output="it")] * 30 + [dict(instruction="Say it.", input="it")]
+    half = write_pairs(tmp_path / "half.jsonl", rows)
     for name, content in (("empty", None), ("foreign", "{}"), ("broken", "{")):
         (tmp_path / name).mkdir()
         if content:
@@ -503,8 +542,19 @@ def test_examples_take_the_tokenizer_of_a_folder_and_mistakes_in_them_are_named(
                                      (mixed, str(tmp_path / "empty"), "no meta.json or tokenizer.json"),
                                      (mixed, str(tmp_path / "broken"), "no meta.json or tokenizer.json"),
                                      (mixed, str(tmp_path / "foreign"), "of ours")):
-        assert words in refused(pf.prepare, pf.Config(source=str(source), tokenizer=tokenizer, out=str(tmp_path / "no")))
+        assert words in refused(prepare, source, tmp_path / "no", tokenizer=tokenizer)
         assert not (tmp_path / "no").exists()
+
+
+def test_a_part_of_another_kind_than_the_first_is_refused(tmp_path):
+    """Where each part is a file of its own, such as text and then instructions."""
+    (tmp_path / "t").mkdir()
+    write_jsonl(tmp_path / "t" / "a.jsonl", sentences(20))
+    write_pairs(tmp_path / "t" / "b.jsonl", [dict(prompt="Say it.", response=f"it {i}") for i in range(20)])
+    settings = {"tokenizer": str(prepare(tmp_path / "t" / "a.jsonl", tmp_path / "text"))}
+    prepare(tmp_path / "t", tmp_path / "o", part="0/2", **settings)
+    assert "prepare them apart" in refused(prepare, tmp_path / "t", tmp_path / "o", part="1/2", **settings)
+    assert not list((tmp_path / "o").glob("*_p001*"))
 
 
 def test_parts_are_disjoint_and_complete(tmp_path):
@@ -512,7 +562,7 @@ def test_parts_are_disjoint_and_complete(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", texts)
     args = ("--source=t.jsonl", "--shard_tokens=1500", "--val_fraction=0", *SMALL)
     prepare_in(tmp_path, *args, "--part=1/2")
-    assert "parts=2" in prepare_in(tmp_path, *args, "--part=0/3", code=2)
+    assert "parts=2" in refused(prepare_in, tmp_path, *args, "--part=0/3")
     folder = tmp_path / "data" / "t"
     assert documents(folder, "train") == texts[1::2]
     alone = read_meta(folder)
@@ -544,7 +594,8 @@ def test_parts_take_whole_files_where_there_are_enough(tmp_path, monkeypatch):
 def test_a_full_disk_ends_in_one_line_and_the_rerun_resumes(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", sentences(2000))
     args = ("--source=t.jsonl", "--shard_tokens=20_000", "--val_fraction=0", *SMALL)
-    line = prepare_in(tmp_path, *args, code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    limit = (resource.RLIMIT_FSIZE, (20_000, 20_000))
+    line = run_in(tmp_path, *args, code=1, preexec_fn=lambda: resource.setrlimit(*limit))
     assert "train_000000.bin (41,024 bytes)" in line and "File too large" in line
     assert not list((tmp_path / "data" / "t").glob("*.bin*"))
     prepare_in(tmp_path, *args)
@@ -554,10 +605,10 @@ def test_a_full_disk_ends_in_one_line_and_the_rerun_resumes(tmp_path):
 def test_two_prepares_in_one_folder(tmp_path):
     write_jsonl(tmp_path / "t.jsonl", sentences(10))
     with lock(tmp_path / "o" / "meta.lock"):
-        line = prepare_in(tmp_path, "--source=t.jsonl", "--out=o", *SMALL, code=2)
+        line = run_in(tmp_path, "--source=t.jsonl", "--out=o", *SMALL, code=2)
         assert "another process is at work in o;" in line
     prepare_in(tmp_path, "--source=t.jsonl", "--out=o", *SMALL)         # a lock file nobody holds is no lock
-    assert "Not a directory" in prepare_in(tmp_path, "--source=t.jsonl", "--out=t.jsonl/o", *SMALL, code=2)
+    assert "Not a directory" in refused(prepare_in, tmp_path, "--source=t.jsonl", "--out=t.jsonl/o", *SMALL)
 
 
 def test_only_the_holder_of_the_lock_removes_it(tmp_path, monkeypatch):
@@ -567,7 +618,7 @@ def test_only_the_holder_of_the_lock_removes_it(tmp_path, monkeypatch):
     path = tmp_path / "o" / "meta.lock"
     with lock(path):
         for source, says in (("typo.jsonl", "is no file"), ("blank.txt", "no tokens"), ("t.jsonl", "at work")):
-            assert says in refused(pf.prepare, pf.Config(str(tmp_path / source), "corpus", 300, out=str(path.parent)))
+            assert says in refused(prepare, tmp_path / source, path.parent)
             assert path.exists() and "at work" in refused(lock, path)
     flock = fcntl.flock
 
@@ -578,5 +629,5 @@ def test_only_the_holder_of_the_lock_removes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock_too_late)
     assert "at work" in refused(lock, path)
     monkeypatch.undo()
-    assert [file.name for file in pf.prepare(pf.Config(str(tmp_path / "t.jsonl"), "corpus", 300, out=str(path.parent))).iterdir()
-            if file.suffix != ".bin"] == ["meta.json"]
+    files = prepare(tmp_path / "t.jsonl", path.parent).iterdir()
+    assert sorted(file.name for file in files) == ["meta.json", "train_000000.bin", "val_000000.bin"]
