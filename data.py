@@ -23,10 +23,11 @@ from diffusion import LATER
 MAGIC, HEADER_BYTES = 20240520, 1024
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
+HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 OFFLINE = "go offline: python prepare_fineweb.py --source=pydoc"
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
-META = {"label": str, "tokenizer": dict, "vocab_size": int, "shards": list, "settings": dict, "finished": bool,
-        **dict.fromkeys(COUNTS, int)}
+META = {"label": str, "licence": str, "kind": str, "tokenizer": dict, "vocab_size": int, "shards": list,
+        "settings": dict, "finished": bool, **dict.fromkeys(COUNTS, int)}
 
 
 def write_file(path, *pieces):
@@ -45,7 +46,7 @@ def write_file(path, *pieces):
 
 
 def write_shard(path, tokens, lengths=()):
-    """Write `tokens` (n,) as one shard, of examples if they have `lengths` (m, 2); returns its entry for meta.json."""
+    """Write tokens (n,), of examples if they have `lengths` (m, 2), as a shard; returns its entry for meta.json."""
     version = EXAMPLES if len(lengths) else TEXT
     header = np.array([MAGIC, version, len(tokens), len(lengths)], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
     table = np.asarray(lengths, "<i4").tobytes()
@@ -57,38 +58,35 @@ def write_shard(path, tokens, lengths=()):
 
 
 def read_shard(path):
-    """The tokens of a shard, a read-only memory map (n,) uint16; UserError if the file is not exactly such a shard."""
+    """The tokens (n,) of a shard, a read-only memory map of uint16; UserError if the file is damaged."""
     return read_examples(path)[0]
 
 
 def read_examples(path):
-    """Tokens (n,) of a shard; lengths (m, 2) int64 of instruction and response of its examples, m = 0 for text."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        magic, version, n, m = np.frombuffer(file.read(16).ljust(16, b"\0"), "<i4").tolist()
-        start = HEADER_BYTES + 8 * m * (version == EXAMPLES)
-        if magic != MAGIC or version not in (TEXT, EXAMPLES) or n < 1 or m < 0 or size != start + 2 * n:
-            raise UserError(f"{path}: expected magic {MAGIC}, version 1 or 2, n tokens and {HEADER_BYTES} + 2 n bytes, "
-                            f"8 more an example, found {magic}, {version}, {n:,} and {size:,}; prepare it again")
-        file.seek(HEADER_BYTES)
-        lengths = np.frombuffer(file.read(start - HEADER_BYTES), "<i4").reshape(-1, 2).astype(np.int64)
+    """The tokens (n,) of a shard, and the lengths (m, 2) int64 of its instructions and responses, m = 0 for text."""
+    size, header = os.path.getsize(path), np.fromfile(path, "<i4", 4)
+    magic, version, n, m = np.pad(header, (0, 4 - len(header))).tolist()
+    start = HEADER_BYTES + 8 * m * (version == EXAMPLES)
+    if magic != MAGIC or version not in (TEXT, EXAMPLES) or n < 1 or m < 0 or size != start + 2 * n:
+        raise UserError(f"{path}: expected magic {MAGIC}, version 1 or 2, n tokens and {HEADER_BYTES} + 2 n bytes, "
+                        f"8 more an example, found {magic}, {version}, {n:,} and {size:,}; prepare it again")
+    lengths = np.fromfile(path, "<i4", (start - HEADER_BYTES) // 4, offset=HEADER_BYTES).reshape(-1, 2).astype(np.int64)
     if version == EXAMPLES and (m < 1 or lengths.min() < 1 or lengths.sum() != n):
         raise UserError(f"{path}: its examples should have {n:,} tokens, but have {lengths.sum():,}; prepare it again")
     return np.memmap(path, "<u2", "r", start, (n,)), lengths
 
 
 def find_shards(folder, split):
-    """The sorted paths of all shards of "train" or "val" in `folder`; UserError if there are none."""
+    """The sorted paths of the shards of "train" or "val" in `folder`; UserError if there are none."""
     paths = sorted(Path(folder).glob(f"*{split}*.bin"))
-    if not paths and split == "val" and any(Path(folder).glob("*train*.bin")):
-        raise UserError(f"no val shards in {folder}; prepare more text, without --val_fraction=0, in another folder")
     if not paths:
-        raise UserError(f"no {split} shards in {folder}; make them with: python prepare_fineweb.py --out={folder}")
+        raise UserError(f"no {split} shards in {folder}; prepare text without --val_fraction=0, in a new folder: "
+                        "python prepare_fineweb.py --out=FOLDER")
     return paths
 
 
 def read_parts(folder):
-    """{path: contents} of meta.json, or of the meta files of all parts, in `folder`; UserError if one is damaged."""
+    """{path: contents} of the meta files in `folder`, one for each part; UserError if one is damaged."""
     parts = {}
     for path in sorted(Path(folder).glob("meta*.json")):
         try:
@@ -104,29 +102,28 @@ def read_parts(folder):
 
 
 def read_meta(folder):
-    """What the shards in `folder` are, all parts together: label, licence, kind ("text" or "instructions"), tokenizer,
-    vocab_size, fingerprint and more. UserError if shards are missing, or not finished."""
+    """The keys of META, a fingerprint and more of all parts together; UserError if a shard or a part is missing."""
     parts = read_parts(folder)
     for path, part in parts.items():
-        missing = [shard["name"] for shard in part["shards"] if not path.with_name(shard["name"]).exists()]
-        if missing or not part["finished"]:
-            fault = f"{missing[0]} is missing" if missing else "it is not finished"
-            raise UserError(f"{path}: {fault}; run its prepare command again")
+        faults = [] if part["finished"] else ["it is not finished"]
+        names = [shard["name"] for shard in part["shards"]]
+        faults += [f"{name} is missing" for name in names if not path.with_name(name).exists()]
+        if faults:
+            raise UserError(f"{path}: {faults[0]}; run its prepare command again")
     meta, *others = list(parts.values()) or [describe_public_shards(folder)]
     for other in others:
-        meta["shards"] += other["shards"]
-        for key in COUNTS:
+        for key in ("shards", *COUNTS):
             meta[key] += other[key]
-    meta["fingerprint"] = fingerprint_shards(meta["tokenizer"], meta["shards"])
-    return {"kind": "text", "licence": "unknown", **meta}
+    return {**meta, "fingerprint": fingerprint_shards(meta["tokenizer"], meta["shards"])}
 
 
 def describe_public_shards(folder):
-    """The meta of shards that others prepared with GPT-2's tokenizer; a few of their tokens tell them apart."""
+    """The meta of shards that others made with GPT-2's tokenizer; a few of their tokens tell them apart."""
     shards = [(path, read_shard(path)) for path in find_shards(folder, "train")]
     shards = [(path.name, len(tokens), int(tokens[0]), int(tokens[-1])) for path, tokens in shards]
-    return {"source": str(folder), "label": f"shards in {folder}", "tokenizer": {"name": "gpt2"}, "vocab_size": 50257,
-            "train_tokens": sum(shard[1] for shard in shards), "shards": shards}
+    return {"source": str(folder), "label": f"shards in {folder}", "licence": "unknown", "kind": "text",
+            "tokenizer": {"name": "gpt2"}, "vocab_size": 50257, "train_tokens": sum(shard[1] for shard in shards),
+            "shards": shards}
 
 
 def fingerprint_shards(tokenizer, shards):
@@ -135,19 +132,19 @@ def fingerprint_shards(tokenizer, shards):
 
 
 def find_dataset(names, root="data"):
-    """The folder of the first of `names` ("fineweb,pydoc": in `root`, or paths) that has finished shards.
+    """The first folder of `names` ("fineweb,pydoc": in `root`, or paths) with finished shards.
 
-    If there is none: None if pydoc is among the names, for the caller to prepare it, else UserError."""
-    items = [name.strip() for name in names.split(",")]
+    If there is none: None if pydoc is among the names, which the caller may prepare, else UserError."""
+    items = [item.strip() for item in names.split(",")]
     for item in items:
         for folder in (Path(root, item), Path(item)):
             if any(folder.glob("*train*.bin")) and all(part["finished"] for part in read_parts(folder).values()):
                 return folder
     if "pydoc" in items:
         return None
-    source = items[0] if items[0] in ("fineweb", "fineweb-edu") else f"FILE --out={Path(root, items[0])}"
+    source = items[0] if items[0] in HUB else f"FILE --out={Path(root, items[0])}"
     command = f"python prepare_fineweb.py --source={source}"
-    raise UserError(f"no data for {names} in {root}/; make it with: {command}, or {OFFLINE}")
+    raise UserError(f"no data for {names} in {root}/; run {command}, or {OFFLINE}")
 
 
 def get_tokenizer(spec):
@@ -165,8 +162,8 @@ def get_tokenizer(spec):
         valid = False
     if not valid or list(ranks)[:256] != [bytes([i]) for i in range(256)]:      # tiktoken panics on any other
         raise UserError("the tokenizer is damaged or not one of ours; prepare its text with --tokenizer=corpus again")
-    special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)})
 
 
 def encode(tokenizer, text):
@@ -178,7 +175,7 @@ def encode(tokenizer, text):
 
 
 def format_instruction(instruction, context=""):
-    """An instruction, and the text that it is about, as they stand before the response."""
+    """An instruction, with the text it is about, as it stands before the response."""
     return "\n".join(part.strip() for part in (instruction, context) if part.strip()) + "\n\nAnswer:"
 
 
@@ -188,7 +185,7 @@ def cut_at_eot(ids, eot):
 
 
 def lock(path):
-    """The file `path`, open to read and to append, locked until it is closed; UserError if it cannot be had."""
+    """The file `path`, open to append and locked until it is closed; UserError if another process has it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
@@ -198,7 +195,7 @@ def lock(path):
             if not os.fstat(file.fileno()).st_nlink:    # its owner removed it after we had opened it
                 raise BlockingIOError
     except BlockingIOError:
-        raise UserError(f"another process is at work in {path.parent}; wait for it, or choose another folder") from None
+        raise UserError(f"another process is at work in {path.parent}; wait or choose another folder") from None
     except OSError as error:
         raise UserError(f"cannot write to {path.parent} ({error.strerror}); choose another folder") from None
     return file
@@ -207,7 +204,6 @@ def lock(path):
 # ---- windows and examples ----
 
 class Texts(NamedTuple):
-    """Sequences with the prompts before them."""
     idx: torch.Tensor              # (B, T) int64 token ids
     prompt: torch.Tensor           # (B, P) int64 token ids before the text, at the right end
     prompt_mask: torch.Tensor      # (B, P) True where there is a prompt
@@ -215,35 +211,32 @@ class Texts(NamedTuple):
 
 
 class Dataset:
-    """Windows of block_size tokens over the shards of one split, each with the tokens before it; or, of shards of
-    instructions, examples: the instruction, up to half of a window of it, then the response.
+    """Windows of T tokens over the shards of a split, each with the P tokens before it; or, of shards of instructions,
+    examples: up to T / 2 tokens of the instruction, the rest of it before the window, then the response, cut at T.
 
-    An instruction that is longer begins before the window; one that fits neither there is left out. A response that is
-    too long is cut. UserError if there is no window or example.
+    An instruction of more than T / 2 + P tokens is left out. UserError if nothing is left.
     """
 
     def __init__(self, folder, split, cfg, vocab_size):
         self.paths, self.vocab_size = find_shards(folder, split), vocab_size
         self.T, self.P = cfg.block_size, cfg.prompt_size
         self.shards, lengths = zip(*map(read_examples, self.paths), strict=True)
-        self.is_examples = any(len(rows) for rows in lengths)
+        self.is_examples = any(map(len, lengths))
         rows = [self.place(part) for part in lengths]
         self.rows = np.concatenate(rows)                    # of examples
         counts = map(len, rows) if self.is_examples else (len(shard) // self.T for shard in self.shards)
         self.ends = np.cumsum(list(counts))
-        if self.ends[-1] == 0 and self.is_examples:
-            raise UserError(f"{folder}: no {split} example has an instruction of up to {self.T // 2 + self.P} tokens; "
-                            "raise block_size or prompt_size")
         if self.ends[-1] == 0:
-            raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens; prepare more "
-                            "text or lower block_size")
+            raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens, or an example "
+                            f"with up to {self.T // 2 + self.P} tokens of instruction; prepare more, or change "
+                            "block_size or prompt_size")
 
     def __len__(self):
         return int(self.ends[-1])
 
     def place(self, lengths):
-        """Of examples with instructions and responses of these lengths (n, 2): where each begins, where its window
-        begins, the tokens of the instruction in the window, and all tokens there: (m, 4)."""
+        """Of examples with these lengths (n, 2), those that fit (m, 4): the token where each begins, where its window
+        begins, and how many tokens in the window are given and are there at all."""
         start = lengths.sum(1).cumsum() - lengths.sum(1)
         given = np.minimum(lengths[:, 0], self.T // 2)
         end = np.minimum(given + lengths[:, 1], self.T)
@@ -251,38 +244,30 @@ class Dataset:
         return rows[lengths[:, 0] <= self.T // 2 + self.P]
 
     def locate(self, i):
-        """Of windows or examples i (n,): the shard, and as `place` the beginning, the window, given tokens and all:
-        five of (n,)."""
+        """The shard of windows or examples i (n,), and the four columns of `place`: five of (n,)."""
         shard = np.searchsorted(self.ends, i, side="right")
-        if not self.is_examples:
-            at = i - np.concatenate(([0], self.ends))[shard]
-            return shard, np.zeros_like(at), at * self.T, np.zeros_like(at), np.full_like(at, self.T)
-        return shard, *self.rows[i].T
+        if self.is_examples:
+            return shard, *self.rows[i].T
+        window = (i - np.append(0, self.ends)[shard]) * self.T
+        return shard, 0 * i, window, 0 * i, 0 * i + self.T
 
     def read(self, i):
-        """Windows or examples i (n,): their Texts, and how many tokens at the beginning of each are given (n,).
-        UserError for a token id beyond the vocabulary."""
+        """The Texts of windows or examples i (n,), and how many tokens at the beginning of each are given (n,)."""
         shard, start, window, given, end = self.locate(np.asarray(i))
         pos = np.arange(-self.P, self.T)
         places = window[:, None] + pos
         exists = (places >= start[:, None]) & (pos < end[:, None])
         ids = np.zeros(places.shape, np.int64)
         for k in np.unique(shard):
-            rows = shard == k
-            found = self.shards[k][np.clip(places[rows], 0, len(self.shards[k]) - 1)]
-            ids[rows] = np.where(exists[rows], found, 0)
+            here = exists & (shard == k)[:, None]
+            ids[here] = self.shards[k][places[here]]
         if ids.max() >= self.vocab_size:
-            self.refuse(ids, places, shard)
+            row, column = np.argwhere(ids >= self.vocab_size)[0]
+            raise UserError(f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]} is not "
+                            f"below the vocabulary of {self.vocab_size}; prepare these shards again")
         counts = exists[:, self.P:] & (pos[self.P:] >= given[:, None])
         texts = ids[:, self.P:], ids[:, :self.P], exists[:, :self.P], counts
         return Texts(*map(torch.from_numpy, texts)), torch.from_numpy(given)
-
-    def refuse(self, ids, places, shard):
-        """Raise UserError for the first id that is out of the vocabulary."""
-        row, column = np.argwhere(ids >= self.vocab_size)[0]
-        what = f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]}"
-        raise UserError(f"{what} is not below the vocabulary of {self.vocab_size}; these shards are of another "
-                        "tokenizer, prepare them again")
 
     def spread(self, n):
         """The Texts of n windows or examples spread evenly over the split, with repetition if it is smaller."""
@@ -290,11 +275,10 @@ class Dataset:
 
     def log_unigram(self, tokens=20_000_000):
         """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
-        count, each = np.full(self.vocab_size, 0.5), tokens // len(self.shards)
+        count = np.full(self.vocab_size, 0.5)
         for shard in self.shards:
-            for i in range(0, min(each, len(shard)), 2 ** 20):
-                ids = shard[i:min(i + 2 ** 20, each)]
-                count += np.bincount(ids, minlength=self.vocab_size)[:self.vocab_size]
+            ids = shard[:tokens // len(self.shards)]
+            count += np.bincount(ids, minlength=self.vocab_size)[:self.vocab_size]
         return torch.from_numpy(np.log(count / count.sum())).float()
 
 
@@ -302,7 +286,7 @@ class Dataset:
 
 class Batch(NamedTuple):
     idx: torch.Tensor              # (B, T) int64 token ids
-    order: torch.Tensor | None     # (B, T) number of the block in which each is written; -1 given; None: one block
+    order: torch.Tensor | None     # (B, T) number of the block of each; -1 given; None: one block
     t: torch.Tensor                # (B, T) int64 diffusion index of each, one for the tokens of a block
     eps: torch.Tensor              # (B, T, C) noise
     prompt: torch.Tensor           # (B, P) int64 token ids before the text, at the right end
@@ -319,25 +303,24 @@ def scramble(x):
 
 
 def permute(i, n, key):
-    """The places of i (m,) in random orders of 0 .. n - 1, a key (m,) uint64 each, without storing the order: a Feistel
-    network of four rounds over the next power of four, walked until it falls into range (Black & Rogaway 2002)."""
+    """The places of i (m,) in random orders of 0 .. n - 1, one for each key (m,) uint64: a Feistel network over the
+    next power of four, repeated for what falls out of range (Black & Rogaway 2002)."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    i = np.array(i, np.uint64)
-    walking = np.ones(i.shape, bool)
-    while walking.any():
-        left, right, keys = i[walking] >> half, i[walking] & low, key[walking]
-        for turn in range(4):
-            mixed = scramble(right ^ scramble(keys + np.uint64(turn)))
-            left, right = right, left ^ (mixed & low)
-        i[walking] = left << half | right
-        walking = i >= n
+    i = np.asarray(i, np.uint64)
+    left, right = i >> half, i & low
+    for turn in range(4):
+        mixed = scramble(right ^ scramble(key + np.uint64(turn)))
+        left, right = right, left ^ (mixed & low)
+    i = left << half | right
+    out = i >= n
+    if out.any():
+        i[out] = permute(i[out], n, key[out])
     return i.astype(np.int64)
 
 
 def window_numbers(cfg, n, step):
-    """The windows of the sequences of a step, out of n: each epoch visits all of them once, in an order of its own:
-    (S,) int64."""
+    """The windows (S,) int64 of a step, out of n: each epoch visits all of them once, in an order of its own."""
     epoch, place = np.divmod(step * cfg.step_sequences + np.arange(cfg.step_sequences), n)
     key = scramble(epoch.astype(np.uint64) + np.uint64(diffusion.hash64(cfg.seed, "epoch")))
     return permute(place, n, key)
@@ -349,8 +332,7 @@ def stratified_uniform(n, rng):
 
 
 def choose_given(S, T, rng):
-    """Which of T tokens are given in each of S sequences: a prefix, all but up to eight spans, or single tokens, of any
-    number, but never all: (S, T)."""
+    """Which tokens are given (S, T): a prefix, all but up to eight spans, or single tokens; any number, never all."""
     kind, share = torch.rand(S, 1, generator=rng), torch.rand(S, 1, generator=rng)
     place = torch.arange(T)
     prefix = place < (share * T).long()
@@ -365,11 +347,13 @@ def choose_given(S, T, rng):
 
 
 def choose_blocks(cfg, free, rng):
-    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T): a share p_single token by
-    token, p_window all at once, the others in blocks of 2, 4 ... max_block_length, of which p_strided are strided; in a
-    share p_given of all, tokens are given."""
+    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T).
+
+    A share p_single is written token by token, p_window at once, the others in blocks of 2, 4 ... max_block_length, a
+    share p_strided of them strided. A share p_given of all sequences has given tokens.
+    """
     S, T = free.shape
-    powers = 2 ** torch.arange(1, max(1, cfg.max_block_length.bit_length() - 1) + 1)
+    powers = 2 ** torch.arange(1, max(2, cfg.max_block_length.bit_length()))
     kind, size = stratified_uniform(S, rng), torch.randint(len(powers), (S, 1), generator=rng)
     length = torch.where(kind < cfg.p_single, 1, torch.where(kind < cfg.p_single + cfg.p_window, 0, powers[size]))
     strided = torch.rand(S, 1, generator=rng) < cfg.p_strided
@@ -379,17 +363,20 @@ def choose_blocks(cfg, free, rng):
 
 
 def noise_levels(cfg, order, length, rng):
-    """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps. A
-    token that is written alone gets the highest, at which it is decided in one step; for objective eps all levels
-    count."""
+    """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps.
+
+    A token that is written alone gets the highest, to be decided in one step; objective eps needs all levels.
+    """
     u = stratified_uniform(len(order), rng).double()
     t = 1 + (diffusion.golden_offset(u, order) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
     return torch.where(length == 1, cfg.timesteps, t) if cfg.objective == "ce" else t
 
 
 def choose_prompts(cfg, prompt_mask, is_examples, rng):
-    """(which tokens of the prompts (S, P) may be seen, whether all are withheld (S, 1)): the last ones of a random
-    number, all of an instruction, none of a share conditioning_dropout."""
+    """(which tokens of the prompts are seen (S, P), which prompts are withheld (S, 1), a share conditioning_dropout).
+
+    The network sees a random number of the last tokens, or a whole instruction.
+    """
     S, P = prompt_mask.shape
     withheld = torch.rand(S, 1, generator=rng) < cfg.conditioning_dropout
     seen = 1 + (torch.rand(S, 1, generator=rng) * P).long()
@@ -398,29 +385,26 @@ def choose_prompts(cfg, prompt_mask, is_examples, rng):
 
 
 def step_batches(cfg, data, step, micro_batches, device):
-    """The Batches of one optimizer step for some of its sequences: micro_batches is a list of ranges of their numbers.
+    """Yield the Batches of one optimizer step; micro_batches is a list of ranges of sequence numbers.
 
-    Sequence i of a step is the same for any number of processes and any batch size. UserError for a damaged window.
+    Sequence i of a step is the same for any number of processes and any batch size.
     """
     def rng(purpose, device="cpu"):
         return diffusion.generator(device, cfg.seed, step, purpose)
-    S, T, C = cfg.step_sequences, cfg.block_size, cfg.token_dim
-    numbers = window_numbers(cfg, len(data), step)
-    texts, given = data.read(numbers)
-    begun = torch.arange(T) < given[:, None]
+    texts, given = data.read(window_numbers(cfg, len(data), step))
+    begun = torch.arange(cfg.block_size) < given[:, None]
     order, length = choose_blocks(cfg, texts.loss_mask, rng("blocks"))
     t = noise_levels(cfg, order, length, rng("levels"))
     prompt_mask, withheld = choose_prompts(cfg, texts.prompt_mask, data.is_examples, rng("prompts"))
     order = torch.where(~texts.loss_mask & ~begun | begun & withheld, LATER, order)
-    one_block = cfg.p_window == 1 and cfg.p_given == 0 and not data.is_examples
-    eps = torch.randn(S, T, C, generator=rng("noise", device), device=device)
+    if cfg.p_window == 1 and cfg.p_given == 0 and not data.is_examples:
+        order = None
+    eps = torch.randn(*texts.idx.shape, cfg.token_dim, generator=rng("noise", device), device=device)
     guess = diffusion.hash64(cfg.seed, step, "guess") < cfg.self_conditioning * 2 ** 64
-    for rows in micro_batches:
-        rows = torch.tensor(rows)
-        fields = texts.idx, order, t, texts.prompt, prompt_mask, texts.loss_mask
-        idx, blocks, levels, *prompt, loss_mask = (x[rows].to(device, non_blocking=True) for x in fields)
-        blocks = None if one_block else blocks
-        yield Batch(idx, blocks, levels, eps[rows.to(device)], *prompt, loss_mask, guess)
+    whole = Batch(texts.idx, order, t, eps, texts.prompt, prompt_mask, texts.loss_mask, guess)
+    for numbers in micro_batches:
+        rows = torch.tensor(numbers)
+        yield Batch(*(x[rows.to(x.device)].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in whole))
 
 
 def make_batch(cfg, data, step, rows, device):

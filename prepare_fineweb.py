@@ -6,10 +6,9 @@ Turn text into shards of tokens, once: FineWeb by streaming, your own files, or 
     python prepare_fineweb.py --source=pydoc                    # English out of Python's own documentation, offline
     python prepare_fineweb.py --subset=default --part=0/64      # the first of 64 processes or machines
 
-data.py describes the shards. An end-of-text token stands before each document. Records with instruction, optional
-input, and output (or prompt and response) are examples: end of text opens the instruction and closes the response.
-meta.json (meta_p000.json for part 0) is replaced after each training shard. A killed run goes on from it, and its
-result is the same.
+End of text stands before each document. Records with instruction, optional input, and output (or prompt and response)
+are examples: end of text opens the instruction and closes the response. meta.json (meta_p000.json for part 0) is
+replaced after each training shard; a killed run goes on from it, to the same result. data.py describes the shards.
 """
 import ast
 import base64
@@ -35,13 +34,12 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import Fault, UserError, in_range, one_of, run
-from data import (COUNTS, OFFLINE, PATTERN, encode, fingerprint_shards, format_instruction, get_tokenizer, lock,
+from data import (COUNTS, HUB, OFFLINE, PATTERN, encode, fingerprint_shards, format_instruction, get_tokenizer, lock,
                   read_parts, write_file, write_shard)
 
 RECORDS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "response"))
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
-LONE_SURROGATE = b"\xed[\xa0-\xbf]."      # in UTF-8; stands for a byte that was not UTF-8
-HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,6 @@ class Config:
     revision: str = ""               # commit of the hub's dataset; "": the newest
 
     def check(self):
-        """Raise UserError for settings that cannot work."""
         parse_count(self.max_tokens)
         parse_part(self.part)
         if self.tokenizer and not os.path.isdir(self.tokenizer):
@@ -71,18 +68,18 @@ class Config:
 
 
 def parse_count(text):
-    """"100M" as 100_000_000; UserError if it is no such number."""
+    """100_000_000 for "100M"."""
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
     if not match:
         raise UserError(f"max_tokens={text} is not a number of tokens; write for example 50k, 100M, 2B, or 0 for all")
-    return round(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[match[2]])
+    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]])
 
 
 def parse_part(text):
-    """"1/4" as (1, 4); UserError if it is no such part."""
+    """(1, 4) for "1/4"."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"part={text} is not i/n with 0 <= i < n; write for example 0/4, 1/4, 2/4, 3/4")
+        raise UserError(f"part={text} is not i/n with 0 <= i < n; write for example 0/4")
     return int(match[1]), int(match[2])
 
 
@@ -91,10 +88,7 @@ def main(cfg):
 
 
 def prepare(cfg):
-    """Write the shards and the meta file of `cfg`, or what is missing of them; returns their folder.
-
-    UserError for a mistake in the settings or the text, Fault for a full disk or a missing network.
-    """
+    """Write the shards and the meta file of a part, or what is missing of them; returns their folder."""
     i, n = parse_part(cfg.part)
     name = re.sub(r"[^\w-]+", "_", Path(cfg.source).name.split(".")[0]).strip("_") or "text"
     path = Path(cfg.out or f"data/{name}", "meta.json" if n == 1 else f"meta_p{i:03d}.json")
@@ -111,36 +105,44 @@ def prepare(cfg):
 
 
 def open_meta(cfg, path):
-    """The contents of the meta file `path`, or what it begins with; UserError if its folder has other shards."""
+    """The contents of the meta file, or what it begins with; UserError if its folder holds other shards."""
     folder, parts = path.parent, read_parts(path.parent)
     recorded = next((part["settings"] for part in parts.values()), {})
     revision, documents = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
     kind = cfg.tokenizer or ("corpus" if cfg.source == "pydoc" else "gpt2")
     spec = None if kind == "corpus" else read_tokenizer(kind)
-    vocab_size = len(spec.get("tokens", range(50256))) + 1 if spec else cfg.vocab_size
     settings = {"source": Path(cfg.source).name, "revision": revision, "subset": cfg.subset, "tokenizer": kind,
-                "vocab_size": vocab_size, "max_tokens": parse_count(cfg.max_tokens), "parts": parse_part(cfg.part)[1],
+                "vocab_size": cfg.vocab_size if kind == "corpus" else get_tokenizer(spec).n_vocab,
+                "max_tokens": parse_count(cfg.max_tokens), "parts": parse_part(cfg.part)[1],
                 "val_fraction": cfg.val_fraction, "shard_tokens": cfg.shard_tokens}
-    if parts and settings != recorded:
-        other = ", ".join(f"{key}={recorded.get(key)}" for key in settings if recorded.get(key) != settings[key])
-        raise UserError(f"{folder} was prepared with {other}; choose another --out or delete it")
+    other = [f"{key}={recorded.get(key)}" for key in settings if recorded.get(key) != settings[key]]
+    if parts and other:
+        raise UserError(f"{folder} was prepared with {', '.join(other)}; choose another --out or delete it")
     if any(not shard.name.startswith(("train_", "val_")) for shard in folder.glob("*.bin")):
         raise UserError(f"{folder} has shards of other origin; choose another --out")
     if path in parts and all((folder / shard["name"]).exists() for shard in parts[path]["shards"]):
         return parts[path]
-    meta = new_meta(cfg, settings, spec, documents)
-    if any(part.get("kind", "text") != meta["kind"] for part in parts.values()):
-        raise UserError(f"{cfg.source} has text in some parts and instructions in others; prepare them apart")
-    return meta
+    return new_meta(cfg, settings, spec, documents)
+
+
+def read_tokenizer(kind):
+    """The spec of GPT-2's tokenizer, or of that in a folder of prepared text or of an exported network."""
+    if kind == "gpt2":
+        return {"name": "gpt2"}
+    file = Path(kind, "tokenizer.json")
+    specs = [part["tokenizer"] for part in read_parts(kind).values()]
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else specs[0]
+    except (ValueError, IndexError):
+        raise UserError(f"tokenizer={kind} has no meta.json or tokenizer.json; name another folder") from None
 
 
 def new_meta(cfg, settings, spec, documents):
-    """What a meta file begins with. The tokenizer is trained on the documents if `spec` is None."""
+    """What a meta file begins with; without a `spec`, the tokenizer is trained on the documents."""
     first = next(documents, None)
     if first is None:
-        raise UserError(f"no tokens in source={cfg.source}, nothing written; give it text that is not blank")
-    if spec is None:
-        spec = train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
+        raise UserError(f"no tokens in source={cfg.source}; give it text that is not blank")
+    spec = spec or train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
     about, licence = "text of your own", "yours"
     if cfg.source == "pydoc":
         about, licence = "this Python's own documentation, the embedded corpus", "PSF-2.0"
@@ -153,49 +155,32 @@ def new_meta(cfg, settings, spec, documents):
             "settings": settings, "finished": False}
 
 
-def read_tokenizer(kind):
-    """The spec of GPT-2's tokenizer, or of that of prepared text or an exported network in the folder `kind`."""
-    if kind == "gpt2":
-        return {"name": "gpt2"}
-    file = Path(kind, "tokenizer.json")
-    specs = [part["tokenizer"] for part in read_parts(kind).values()]
-    try:
-        spec = json.loads(file.read_text(encoding="utf-8")) if file.exists() else specs[0]
-        get_tokenizer(spec)
-    except (ValueError, IndexError):
-        raise UserError(f"tokenizer={kind} has no meta.json or tokenizer.json; name a folder of prepared text, gpt2 "
-                        "or corpus") from None
-    return spec
-
-
 class Encoded(NamedTuple):
-    """A document in tokens."""
-    tokens: np.ndarray               # (n,) uint16
+    tokens: np.ndarray               # (n,) uint16, of a document
     lengths: list                    # tokens in each of its texts
     position: float                  # hash of its first text, 0 to 1; below val_fraction it is for validation
     replaced: int                    # bytes that were not UTF-8
 
 
 def write_part(cfg, meta, path):
-    """Write what is missing of a part. Other processes are locked out; only the holder of the lock removes its file."""
-    part = parse_part(cfg.part)
-    goal = -(-meta["settings"]["max_tokens"] // part[1]) or sys.maxsize         # training tokens of this part
-    write = write_shards if meta.get("kind", "text") == "text" else write_examples
-    lock_path = path.with_suffix(".lock")
+    """Write what is missing of a part; UserError if another process is at work on it."""
+    settings, lock_path = meta["settings"], path.with_suffix(".lock")
+    goal = -(-settings["max_tokens"] // settings["parts"]) or sys.maxsize               # training tokens of this part
+    write = write_shards if meta["kind"] == "text" else write_examples
     with lock(lock_path):
         try:
-            _, documents = open_source(cfg.source, meta["revision"], cfg.subset, part)
+            _, documents = open_source(cfg.source, meta["revision"], cfg.subset, parse_part(cfg.part))
             documents = itertools.islice(documents, meta["documents"], None)
             with contextlib.closing(encode_all(documents, meta, cfg.workers or os.cpu_count(), goal)) as encoded:
                 write(encoded, meta, path, goal)
         finally:
-            lock_path.unlink()
+            lock_path.unlink()                          # by its holder only
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
 
 
 def write_shards(encoded, meta, path, goal):
-    """Write a training shard whenever it is full, the validation tokens up to there, and then `meta`."""
+    """Write a training shard whenever one is full, with the validation tokens up to there, and then `meta`."""
     settings = meta["settings"]
     size = settings["shard_tokens"]
     train, val = array("H"), array("H")                 # tokens that no shard has yet
@@ -223,16 +208,16 @@ def balance(train, val, meta):
         train, val = val, train
     total = len(train) + len(val) + meta["train_tokens"] + meta["val_tokens"]
     missing = max(1, min(total // 20, 8192)) - len(val) - meta["val_tokens"]
-    keep = len(train)
-    if meta["settings"]["val_fraction"]:
-        keep = max(1, keep - max(0, missing))
+    keep = max(1, len(train) - max(0, missing)) if meta["settings"]["val_fraction"] else len(train)
     return memoryview(train)[:keep], val + train[keep:]
 
 
 def write_examples(encoded, meta, path, goal):
     """Write the examples of a part as one shard for each split, with at least 3 % for validation."""
-    val_fraction = meta["settings"]["val_fraction"] and max(meta["settings"]["val_fraction"], 0.03)
-    train, val, total = [], [], 0
+    settings = meta["settings"]
+    val_fraction = settings["val_fraction"] and max(settings["val_fraction"], 0.03)
+    train, val = [], []
+    total = 0
     for example in encoded:
         total += len(example.tokens)
         if total > goal and meta["documents"]:
@@ -240,16 +225,16 @@ def write_examples(encoded, meta, path, goal):
         (val if example.position < val_fraction else train).append(example)
         meta["documents"] += 1
         meta["replaced"] += example.replaced
-    for full, empty in ((train, val), (val, train)):
-        if val_fraction and meta["settings"]["parts"] == 1 and not empty and len(full) > 1:
-            empty.append(full.pop())
+    if val_fraction and settings["parts"] == 1 and len(train) + len(val) > 1:           # neither stays empty
+        train = train or [val.pop()]
+        val = val or [train.pop()]
     meta["finished"] = True
     tokens = [np.concatenate([example.tokens for example in split] or [[]]) for split in (train, val)]
     save(path, meta, *tokens, [[example.lengths for example in split] for split in (train, val)])
 
 
 def save(path, meta, train, val, lengths=((), ())):
-    """Write the tokens of both splits as shards, unless there are none, and then `meta`."""
+    """Write a shard of each split that has tokens, and then `meta`."""
     number = meta["train_tokens"] // meta["settings"]["shard_tokens"]
     for split, tokens, rows in (("train", train, lengths[0]), ("val", val, lengths[1])):
         if len(tokens):
@@ -263,12 +248,12 @@ def save(path, meta, train, val, lengths=((), ())):
 def encode_all(documents, meta, workers, goal):
     """Yield each document as Encoded, in order, by threads: tiktoken releases the GIL."""
     from tqdm import tqdm
-    tokenizer = get_tokenizer(meta["tokenizer"])
+    encode_one = functools.partial(encode_document, get_tokenizer(meta["tokenizer"]), meta["kind"])
     batches = iter(lambda: list(itertools.islice(documents, 16)), [])       # one at a time costs the threads more
-    with (ThreadPoolExecutor(workers) as pool,
-          tqdm(total=goal if goal < sys.maxsize else None, initial=meta["train_tokens"], unit=" tokens",
-               unit_scale=True, mininterval=0.2 if sys.stderr.isatty() else 10) as bar):
-        tasks = (pool.submit(list, map(functools.partial(encode_document, tokenizer), batch)) for batch in batches)
+    total = goal if goal < sys.maxsize else None
+    bar = tqdm(total=total, initial=meta["train_tokens"], unit=" tokens", unit_scale=True, mininterval=1)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        tasks = (pool.submit(list, map(encode_one, batch)) for batch in batches)
         waiting = collections.deque(itertools.islice(tasks, 8 * workers))
         while waiting:
             rows = waiting.popleft().result()
@@ -277,9 +262,12 @@ def encode_all(documents, meta, workers, goal):
             yield from rows
 
 
-def encode_document(tokenizer, texts):
-    """Encode the texts of a document; end of text stands before the first, and after the second if there is one."""
-    pairs = [re.subn(LONE_SURROGATE, "\ufffd".encode(), text.encode("utf-8", "surrogatepass")) for text in texts]
+def encode_document(tokenizer, kind, texts):
+    """Encode a document: end of text stands before the first text, and after the second, a response."""
+    if len(texts) != (1 if kind == "text" else 2):
+        raise UserError("there are records of text and of instructions in one source; prepare them apart")
+    # three bytes of a lone surrogate, which stands for a byte that was not UTF-8, become U+FFFD
+    pairs = [re.subn(b"\xed[\xa0-\xbf].", b"\xef\xbf\xbd", text.encode("utf-8", "surrogatepass")) for text in texts]
     pieces = [encode(tokenizer, data.decode()) for data, _ in pairs]
     pieces[1:] = [np.roll(piece, -1) for piece in pieces[1:]]
     digest = hashlib.blake2b(pairs[0][0], digest_size=8).digest()           # the same in any order and part
@@ -328,9 +316,9 @@ def train_tokenizer(texts, vocab_size):
 
 
 def open_source(source, revision="", subset="", part=(0, 1)):
-    """(revision, the documents of part (i, n) in order): those of every n-th file, or every n-th one if files are few.
+    """(revision, documents of part (i, n)): those of every n-th file, or every n-th document if files are few.
 
-    A byte that is not UTF-8 is a lone surrogate in them.
+    A document is (text,) or (instruction, response); a byte that is not UTF-8 is a lone surrogate in it.
     """
     i, n = part
     if source == "pydoc":
@@ -342,27 +330,17 @@ def open_source(source, revision="", subset="", part=(0, 1)):
     else:
         files = find_files(source)
         size = sum(path.stat().st_size for path in files)
-        revision = f"{len(files)} file{'s' if len(files) > 1 else ''}, {size:,} bytes"
+        revision = f"{len(files)} file{'s' * (len(files) > 1)}, {size:,} bytes"
         if len(files) >= n:
             files = files[i::n]
             i, n = 0, 1
-        documents = (document for path in files for document in read_file(path))
-    return revision, itertools.islice(drop_blank(documents), i, None, n)
-
-
-def drop_blank(documents):
-    """Yield the documents that are not blank; UserError if some are texts and some are examples."""
-    kind = None
-    for document in documents:
-        if all(text.strip() for text in document):
-            kind = kind or len(document)
-            if len(document) != kind:
-                raise UserError("there are records of text and of instructions in one source; prepare them apart")
-            yield document
+        documents = itertools.chain.from_iterable(map(read_file, files))
+    not_blank = (texts for texts in documents if all(map(str.strip, texts)))
+    return revision, itertools.islice(not_blank, i, None, n)
 
 
 def read_hub(repo, revision, subset, part):
-    """Yield the commit that is read, the newest if no revision is given; then the documents of a part."""
+    """Yield the commit that is read, the newest unless one is given; then the documents of a part."""
     i, n = part
     try:
         import datasets
@@ -381,7 +359,7 @@ def read_hub(repo, revision, subset, part):
 
 
 def find_files(source):
-    """The files that `source` (file, folder or glob) stands for, sorted; UserError if none of them can be read."""
+    """The files of `source` (file, folder or glob), sorted; UserError if there are none to read."""
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
     paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
     files = sorted(Path(path) for path in paths if path.lower().endswith(SUFFIXES) and os.path.isfile(path))
@@ -403,11 +381,11 @@ def read_file(path):
 
 def read_record(row):
     """The document in a row; ValueError if there is none."""
-    strings = {key: value for key, value in row.items() if isinstance(value, str)} if isinstance(row, dict) else {}
+    strings = {key: value for key, value in dict(row).items() if isinstance(value, str)}
     for instruction, context, response in RECORDS:
         if instruction in strings and response in strings:
-            answer = strings[response].strip()
-            return format_instruction(strings[instruction], strings.get(context, "")), " " * bool(answer) + answer
+            question = format_instruction(strings[instruction], strings.get(context, ""))
+            return question, " " + strings[response].strip()
     if "text" in strings:
         return (strings["text"],)
     raise ValueError('no string under the key "text", nor "instruction" and "output", nor "prompt" and "response"')
@@ -416,41 +394,35 @@ def read_record(row):
 def read_rows(path, suffix):
     """Yield the rows of a file as dicts; a .txt file is one row, and a blank line a blank text."""
     if suffix == ".parquet":
-        import pyarrow.parquet
-        file = pyarrow.parquet.ParquetFile(path)
-        wanted = {"text", *itertools.chain(*RECORDS)} & set(file.schema_arrow.names)
-        for batch in file.iter_batches(1000, columns=sorted(wanted)):
+        from pyarrow.parquet import ParquetFile
+        for batch in ParquetFile(path).iter_batches(1000, columns={"text", *itertools.chain(*RECORDS)}):
             yield from batch.to_pylist()
         return
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
     with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         if suffix == ".txt":
             yield {"text": file.read()}
-            return
-        for line in file:
+        for line in file:                               # none is left of a .txt file
             yield json.loads(line) if line.strip() else {"text": line}
 
 
 @functools.cache
 def read_pydoc():
-    """The embedded corpus: a list of documents, one for each topic and module of this Python's documentation."""
+    """The embedded corpus: the prose of each topic and module of this Python's documentation, no paragraph twice."""
     from pydoc_data.topics import topics
+    texts = [topics[name] for name in sorted(topics)]
     stdlib, skipped = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    paths = [path for path in sorted(stdlib.rglob("*.py")) if not skipped & set(path.relative_to(stdlib).parts)]
+    for path in sorted(stdlib.rglob("*.py")):
+        if skipped.isdisjoint(path.relative_to(stdlib).parts):
+            nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, DOCUMENTED)]
+            texts.append("\n\n".join(ast.get_docstring(node) or "" for node in nodes))
     documents, seen = [], set()
-    for text in [topics[name] for name in sorted(topics)] + [docstrings(path) for path in paths]:
-        blocks = [block for block in re.split(r"\n\s*\n", text) if is_prose(block)]
+    for text in texts:
+        blocks = filter(is_prose, re.split(r"\n\s*\n", text))
         paragraphs = dict.fromkeys(" ".join(block.split()) for block in blocks)
         documents.append(("\n\n".join(paragraph for paragraph in paragraphs if paragraph not in seen),))
         seen.update(paragraphs)
     return documents
-
-
-def docstrings(path):
-    """The docstrings in a Python file, with blank lines between."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = ast.walk(ast.parse(path.read_bytes()))
-    return "\n\n".join(ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds))
 
 
 def is_prose(block):
