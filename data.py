@@ -259,8 +259,8 @@ class Dataset:
         exists = (places >= start[:, None]) & (pos < end[:, None])
         ids = np.zeros(places.shape, np.int64)
         for k in np.unique(shard):
-            here = exists & (shard == k)[:, None]
-            ids[here] = self.shards[k][places[here]]
+            rows = shard == k
+            ids[rows] = np.where(exists[rows], self.shards[k].take(places[rows], mode="clip"), 0)
         if ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             raise UserError(f"{self.paths[shard[row]]}: id {ids[row, column]} at token {places[row, column]} is not "
