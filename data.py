@@ -367,9 +367,10 @@ def noise_levels(cfg, order, length, rng):
 
     A token that is written alone gets the highest, to be decided in one step; objective eps needs all levels.
     """
+    single = (length == 1) & (order >= 0)                   # given tokens are denoised together, before all others
     u = stratified_uniform(len(order), rng).double()
     t = 1 + (diffusion.golden_offset(u, order) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
-    return torch.where(length == 1, cfg.timesteps, t) if cfg.objective == "ce" else t
+    return torch.where(single, cfg.timesteps, t) if cfg.objective == "ce" else t
 
 
 def choose_prompts(cfg, prompt_mask, is_examples, rng):
@@ -403,10 +404,10 @@ def step_batches(cfg, data, step, micro_batches, device):
     guess = diffusion.hash64(cfg.seed, step, "guess") < cfg.self_conditioning * 2 ** 64
     whole = Batch(texts.idx, order, t, eps, texts.prompt, prompt_mask, texts.loss_mask, guess)
     for numbers in micro_batches:
-        rows = torch.tensor(numbers)
-        yield Batch(*(x[rows.to(x.device)].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in whole))
+        rows = slice(numbers[0], numbers[-1] + 1)           # a view: nothing is copied on the same device
+        yield Batch(*(x[rows].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in whole))
 
 
 def make_batch(cfg, data, step, rows, device):
-    """The Batch of these sequences (numbers within the step)."""
-    return next(step_batches(cfg, data, step, [list(rows)], device))
+    """The Batch of a range of sequences (numbers within the step)."""
+    return next(step_batches(cfg, data, step, [rows], device))
