@@ -5,13 +5,11 @@ Train SunFish: pre-tokenized shards in, checkpoints and a log out.
     python train.py config/micro.py --device=cpu            # 41.6M parameters and the output head's 25.8M
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
-The data order and all noise are functions of (seed, step, number of the sequence in its step), so a run that stops at
-a checkpoint and resumes is the run that never stopped, on any number of processes. The network and its loss know
-nothing of processes: `parallelize` wraps them, and a step sums its numbers.
+Data order and noise are functions of (seed, step, number of the sequence in its step), so a run that stops at a
+checkpoint and resumes is the run that never stopped, on any number of processes.
 """
 import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -28,8 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -41,8 +38,8 @@ from data import Dataset, Texts, cut_at_eot, find_dataset, get_tokenizer, lock, 
 from generate import Canvas, Sampling, bound, generate, generators
 from model import ModelConfig, SunFish, add_lora
 
-SCHEDULE_RATE = 3e-3                                # learning rate of the fitted schedule's three scalars
-RESIZABLE = ("block_size", "prompt_size")           # settings of a network that may change when it is trained on
+SCHEDULE_RATE = 3e-3                     # learning rate of the fitted schedule's three scalars
+CHECKPOINTS = "ckpt_????????.pt"         # in out_dir
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ class Config(ModelConfig):
     save_interval: int = 500             # steps between checkpoints
     keep_last: int = 2                   # newest checkpoints that are kept
     keep_interval: int = 0               # steps between checkpoints kept for good; 0 is off
-    guidance_scale: float = 2.0          # of the prompted sample at an evaluation
     wandb_log: bool = False              # also log to Weights & Biases
-    wandb_project: str = "sunfish"       # its project
 
     def check(self):
         """Raise UserError for settings that cannot work."""
@@ -108,28 +103,29 @@ class Config(ModelConfig):
         if self.p_single + self.p_window > 1:
             raise UserError(f"p_single={self.p_single} and p_window={self.p_window} add up to more than 1; lower one")
         if self.p_single + self.p_window < 1 and self.max_block_length < 2:
-            raise UserError(f"max_block_length={self.max_block_length} leaves no blocks of 2 or more; use 2, or raise "
-                            f"p_single to {1 - self.p_window:g}")
+            raise UserError(f"max_block_length={self.max_block_length} leaves no blocks of 2 or more tokens; use 2")
         if self.lora_rank and not self.init_from:
             raise UserError(f"lora_rank={self.lora_rank} adapts a trained network; name it with --init_from=CHECKPOINT")
         if not self.init_from:                              # whose network is not known yet
             self.check_sizes()
 
     def check_sizes(self):
-        """As `check`, of what has to fit the network."""
+        """Raise UserError for what does not fit the network."""
         if self.lora_rank > self.n_embd:
             raise UserError(f"lora_rank={self.lora_rank} is more than n_embd={self.n_embd}; 8 is usual")
-        n, rest = divmod(self.batch_tokens, self.block_size)
-        fits = [i for i in range(1, min(n, 4096) + 1) if n % i == 0 and n // i % min(self.batch_size, n // i) == 0]
-        N, fits = mc.world_size(), [] if rest else fits
-        if N in fits:
-            return
-        batch, what = self.batch_size * self.block_size * N, "batch_size * block_size"
-        what += f" * world_size={N}" if N > 1 else ""
-        others = f", or {', '.join(map(str, fits))} processes" if fits and N > 1 else ""
-        near = max(1, round(self.batch_tokens / batch)) * batch
-        raise UserError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try {near:,}"
-                        f"{others}")
+        N = mc.world_size()
+        if not self.fits(N):
+            batch = self.batch_size * self.block_size * N
+            near = max(1, round(self.batch_tokens / batch)) * batch
+            what = "batch_size * block_size" + (f" * world_size={N}" if N > 1 else "")
+            others = ", ".join(str(i) for i in range(1, 4097) if N > 1 and self.fits(i))
+            raise UserError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try {near:,}"
+                            + (f", or {others} processes" if others else ""))
+
+    def fits(self, N):
+        """Whether N processes can share the sequences of a step in batches of one size."""
+        n, rest = divmod(self.batch_tokens, self.block_size * N)
+        return rest == 0 and n % min(self.batch_size, n) == 0
 
     @property
     def step_sequences(self):
@@ -143,13 +139,13 @@ class Config(ModelConfig):
 
     @property
     def block_length(self):
-        """Tokens denoised together at an evaluation, and by sample.py if it is not told."""
+        """Tokens denoised together at an evaluation, and by sample.py unless told otherwise."""
         if self.p_single == 1:
             return 1
         return 0 if self.p_window == 1 else min(Sampling.block_length, self.max_block_length)
 
     def micro_batches(self):
-        """The sequences (numbers within the step) of each batch that this process accumulates."""
+        """Numbers within the step of the sequences in each batch that this process accumulates."""
         B, N = self.micro_batch, mc.world_size()
         return [range(first, first + B) for first in range(mc.rank() * B, self.step_sequences, N * B)]
 
@@ -157,8 +153,7 @@ class Config(ModelConfig):
 # ---- the loss and the optimizer ----
 
 class DiffusionLoss(nn.Module):
-    """Batch -> (sum of its tokens' losses, sum of the schedule's): one module around all that touches the weights, so
-    that DDP and FSDP wrap a single call."""
+    """Batch -> (sum of its tokens' losses, sum of the schedule's): the one call that DDP and FSDP wrap."""
 
     def __init__(self, net):
         super().__init__()
@@ -182,8 +177,7 @@ class DiffusionLoss(nn.Module):
 
     @torch.no_grad()
     def first_guess(self, x_0, x_t, log_snr, batch, prompt, E):
-        """x_0_hat (B, T, C) of a first pass, or None if the batch has none; zeros where a sampler begins, at the
-        top."""
+        """x_0_hat (B, T, C) of a first pass, zeros at the highest noise level; None if this step has none."""
         if not batch.guess or self.net.cfg.objective == "eps":
             return None
         h = self.net.denoise(x_0, x_t, log_snr, batch.order, prompt, E)
@@ -192,19 +186,19 @@ class DiffusionLoss(nn.Module):
 
 
 def make_optimizer(model, cfg):
-    """AdamW in up to three groups, for set_learning_rate: matrices, or adapters, the rest, the schedule's scalars."""
+    """AdamW with groups for set_learning_rate: matrices or adapters, vectors, the schedule's scalars."""
     groups = [[], [], []]
     for name, p in model.named_parameters():
-        is_matrix = (name.endswith(".weight") or ".lora_" in name) and p.ndim == 2
+        is_matrix = p.ndim == 2 and (name.endswith(".weight") or ".lora_" in name)
         group = 0 if is_matrix else 1
         if p.requires_grad:
             groups[2 if name == "schedule" else group].append(p)
-    groups = [dict(params=params) for params in groups if params]       # of frozen networks only the first
+    groups = [dict(params=params) for params in groups if params]       # adapters have only the first
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
 def set_learning_rate(optimizer, cfg, step):
-    """Linear warm-up, then a cosine to zero, and the weight decay, which a resumed run may change; returns the rate."""
+    """Linear warm-up, then a cosine to zero; returns the rate. Sets the weight decay too, which may change."""
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
     factor = (step + 1) / cfg.warmup_steps if step < cfg.warmup_steps else 0.5 * (1 + math.cos(math.pi * done))
     settings = (cfg.learning_rate, cfg.weight_decay), (cfg.learning_rate, 0.0), (SCHEDULE_RATE, 0.0)
@@ -215,7 +209,7 @@ def set_learning_rate(optimizer, cfg, step):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- decay * ema + (1 - decay) * model, where this is trained, with a shorter memory in the first steps."""
+    """ema <- decay * ema + (1 - decay) * model, of trained weights; the memory is shorter in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     trained = [pair for pair in zip(ema.parameters(), model.parameters(), strict=True) if pair[1].requires_grad]
     torch._foreach_lerp_(*map(list, zip(*trained, strict=True)), 1 - decay)
@@ -225,74 +219,67 @@ def update_ema(ema, model, decay, step):
 
 def evaluate(net, cfg, data, tokenizer):
     """Print the bound on held-out text and some samples; returns them as a row for the log."""
-    texts, length = data.spread(cfg.eval_sequences), cfg.block_length
-    if not data.is_examples:                                # nothing before the window: the text by itself
+    texts, row = data.spread(cfg.eval_sequences), {}
+    if not data.is_examples:                                # a window is scored without the text before it
         texts = texts._replace(prompt_mask=torch.zeros_like(texts.prompt_mask))
     texts = Texts(*(x.to(net.wte.device) for x in texts))
-    row = bound(net, texts, cfg.micro_batch, length)
-    print(f"  held-out text, {f'blocks of {length}' if length else 'whole windows'}: at most {row['bound']:.3f} +- "
-          f"{row['bound_error']:.3f} nats a token, perplexity {math.exp(row['bound']):,.0f}")
-    if length != 1 and cfg.p_single:
-        single = bound(net, texts, cfg.micro_batch, 1)
-        row |= {f"{name}_single": single[name] for name in ("bound", "bound_error")}
-        print(f"  one token at a time (the autoregressive limit): {single['bound']:.3f} +- {single['bound_error']:.3f}")
-    row["text"] = show_samples(net, cfg, data, tokenizer)
-    for name, text in row["text"]:
-        print(f"  {name}: {text}")
+    suffixes = {1: "_single", cfg.block_length: ""} if cfg.p_single else {cfg.block_length: ""}
+    for length, suffix in suffixes.items():
+        found = bound(net, texts, cfg.micro_batch, length)
+        row |= {name + suffix: value for name, value in found.items()}
+        how = {0: "the whole window", 1: "token by token"}.get(length, f"blocks of {length}")
+        print(f"  held-out text, {how}: at most {found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, "
+              f"perplexity {math.exp(found['bound']):,.0f}")
+    row["text"] = make_samples(net, cfg, data, tokenizer)
+    for beginning, text in row["text"]:
+        print(f"  {beginning}: {text}")
     return row
 
 
-def show_samples(net, cfg, data, tokenizer):
-    """(name, text)s: a free sample, if the network writes text, and three held-out beginnings, or instructions,
-    completed."""
-    def decode(ids):
-        return " ".join(tokenizer.decode(cut_at_eot(ids.tolist(), tokenizer.eot_token)).split())
-    settings = Sampling(block_length=cfg.block_length, guidance_scale=cfg.guidance_scale)
-    texts, given = data.read([(2 * i + 1) * len(data) // 6 for i in range(3)])
-    place, shown = torch.arange(cfg.block_size), []
-    if not data.is_examples:
-        given = torch.full_like(given, cfg.block_size // 4)
-        canvas = Canvas(texts.idx[0], place < 0, texts.prompt[0, :0])
-        shown.append(("sample", decode(generate(net, canvas, settings, generators(net.wte.device, cfg.seed, [0]))[0])))
-    for i, n in enumerate(given.tolist()):
-        prompt, idx = texts.prompt[i][texts.prompt_mask[i]], texts.idx[i]
-        made = generate(net, Canvas(idx, place < n, prompt), settings, generators(net.wte.device, cfg.seed, [i]))[0]
-        truth = idx[texts.loss_mask[i]] if data.is_examples else idx[n:]
-        begun = " ".join(tokenizer.decode(torch.cat((prompt, idx[:n])).tolist()).split())
-        shown.append(("completed", f"{begun} >>> {decode(made[n:])} (truth: {decode(truth)})"))
-    return shown
+def make_samples(net, cfg, data, tokenizer):
+    """(beginning, text) of three held-out texts that the network completes; of windows the first from nothing."""
+    T, samples = cfg.block_size, []
+    texts, given = data.read([k * len(data) // 6 for k in (1, 3, 5)])
+    for i, n in enumerate(given.tolist() if data.is_examples else (0, T // 4, T // 4)):
+        idx, prompt = texts.idx[i], texts.prompt[i][texts.prompt_mask[i] & (n > 0)]
+        canvas, rng = Canvas(idx, torch.arange(T) < n, prompt), generators(net.wte.device, cfg.seed, [i])
+        made = generate(net, canvas, Sampling(block_length=cfg.block_length), rng)[0, n:]
+        truth = idx[n:][texts.loss_mask[i, n:]]
+        parts = [torch.cat((prompt, idx[:n])).tolist()]
+        parts += [cut_at_eot(ids.tolist(), tokenizer.eot_token) for ids in (made, truth)]
+        begun, made, truth = (" ".join(tokenizer.decode(ids).split()) for ids in parts)
+        samples.append((begun or "from nothing", f"{made} (truth: {truth})"))
+    return samples
 
 
 # ---- setting up ----
 
-def open_data(cfg):
-    """What a checkpoint keeps of the dataset, and its training and validation Datasets. The first process of a machine
-    comes first, for it may have to prepare the embedded corpus. UserError if there is no data, or not the same for
-    all."""
-    for turn in range(2):
-        if turn == min(1, int(os.environ.get("LOCAL_RANK", "0"))):
-            folder = find_dataset(cfg.dataset) or prepare_pydoc()
-            meta = read_meta(folder)
-        mc.barrier()
-    if mc.broadcast(meta["fingerprint"]) != meta["fingerprint"]:
-        raise UserError(f"the data of process {mc.rank()}, {meta['label']}, is not that of process 0; prepare the same "
-                        "on every machine")
+def open_data(cfg, base=None):
+    """(what a checkpoint keeps of the data, training Dataset, validation Dataset); UserError if there are none, or if
+    they do not fit the network `base`."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" and find_dataset(cfg.dataset) is None:
+        print("no data yet: preparing pydoc, Python's own documentation", file=sys.stderr)
+        script = Path(__file__).with_name("prepare_fineweb.py")
+        if subprocess.run([sys.executable, script, "--source=pydoc"]).returncode:
+            raise UserError("the embedded corpus could not be prepared; see above")
+    mc.barrier()
+    folder = find_dataset(cfg.dataset)
+    meta = read_meta(folder)
     data = {name: meta[name] for name in ("label", "licence", "kind", "fingerprint", "tokenizer", "vocab_size")}
+    if mc.broadcast(data["fingerprint"]) != data["fingerprint"]:
+        raise UserError(f"process {mc.rank()} has other data, {data['label']}; prepare the same on every machine")
+    if base:
+        theirs = base["data"]
+        data["base"] = {"label": theirs["label"], "licence": theirs["licence"], "steps": base["step"]}
+        if data["tokenizer"] != theirs["tokenizer"]:
+            mine, other = (f"{part['tokenizer']['name']} of {part['vocab_size']:,} ids" for part in (data, theirs))
+            raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {other}; "
+                            "prepare the text with --tokenizer=gpt2, or the folder of its shards")
     return data, *(Dataset(folder, split, cfg, data["vocab_size"]) for split in ("train", "val"))
 
 
-def prepare_pydoc():
-    """The folder of the embedded corpus, prepared by the script that does so."""
-    print("no data yet: preparing pydoc, Python's own documentation", file=sys.stderr)
-    script = Path(__file__).with_name("prepare_fineweb.py")
-    if subprocess.run([sys.executable, script, "--source=pydoc"]).returncode:
-        raise UserError("the embedded corpus could not be prepared; see above")
-    return find_dataset("pydoc")
-
-
 def load_base(cfg):
-    """(cfg with the settings of init_from's network, that checkpoint's content on the first process, elsewhere
-    None)."""
+    """(cfg with the network of init_from, the content of that checkpoint on the first process, elsewhere None)."""
     if not cfg.init_from:
         return cfg, None
     content = None
@@ -305,22 +292,12 @@ def load_base(cfg):
     theirs = mc.broadcast(content and dataclasses.asdict(ckpt.model_config(content)))
     mine = {name: getattr(cfg, name) for name in theirs if name in cfg.given}
     for name, value in mine.items():
-        if name not in RESIZABLE and value != theirs[name]:
+        if value != theirs[name] and name not in ("block_size", "prompt_size"):
             raise UserError(f"{name}={value} is {theirs[name]} in init_from={cfg.init_from}; leave it out")
     cfg = dataclasses.replace(cfg, **theirs | mine)
     cfg.check()
     cfg.check_sizes()
     return cfg, content
-
-
-def check_tokenizer(cfg, data, base):
-    """Raise UserError for data with another tokenizer than that of the network that is trained on."""
-    if base and data["tokenizer"] != base["data"]["tokenizer"]:
-        name = base["data"]["tokenizer"]["name"]
-        how = "--tokenizer=gpt2" if name == "gpt2" else "--tokenizer=FOLDER, a folder with shards or an export of it"
-        mine, theirs = (f"{some['tokenizer']['name']} of {some['vocab_size']:,} ids" for some in (data, base["data"]))
-        raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {theirs}; "
-                        f"prepare the text with {how}")
 
 
 def new_network(cfg, vocab_size, log_unigram=None):
@@ -330,33 +307,36 @@ def new_network(cfg, vocab_size, log_unigram=None):
     return net
 
 
-def init_state(cfg, data, base):
-    """The weights a run begins with: those of the content `base`, GPT-2's vectors, and new ones for the rest."""
-    torch.manual_seed(diffusion.hash64(cfg.seed, "weights"))    # hashed: noise of a plain seed would repeat them
-    given = base["ema"] if base else {}
-    if cfg.prompt_table == "gpt2" and not base:
-        given = {"prompt_table": ckpt.gpt2_vectors(cfg.prompt_file, data.vocab_size)}
-    return {**new_network(cfg, data.vocab_size, None if base else data.log_unigram()).state_dict(), **given}
-
-
 def build(cfg, data, content, base, machine):
-    """(raw_model, ema, model, optimizer) of a checkpoint's content on the first process, or new ones."""
+    """(raw_model, ema, model, optimizer): those of a checkpoint's content, or new ones, with the weights of `base`.
+    Only the first process has these."""
     with torch.device("meta"):
         raw_model, ema = (new_network(cfg, data.vocab_size) for _ in range(2))
     ema.requires_grad_(False)
     model = parallelize(cfg, raw_model, ema, machine)
     optimizer, state = make_optimizer(raw_model, cfg), dict(content or {})
-    if mc.rank() == 0 and (cfg.lora_rank or not content):
-        weights = init_state(cfg, data, base)
+    if mc.rank() == 0 and (cfg.lora_rank or not content):           # adapters are saved without their network
+        torch.manual_seed(diffusion.hash64(cfg.seed, "weights"))        # noise of a plain seed would repeat the weights
+        weights = new_network(cfg, data.vocab_size, None if base else data.log_unigram()).state_dict()
+        if base:
+            weights.update(base["ema"])
+        elif cfg.prompt_table == "gpt2":
+            weights["prompt_table"] = ckpt.gpt2_vectors(cfg.prompt_file, data.vocab_size)
         state.update({name: {**weights, **state.get(name, {})} for name in ("model", "ema")})
     ckpt.restore_state(state, raw_model, ema, optimizer if mc.broadcast(bool(content)) else None)
     return raw_model, ema, model, optimizer
 
 
 def parallelize(cfg, net, ema, machine):
-    """The loss of a network as one module to call, compiled and, under torchrun, replicated or sharded; both networks
-    come on the meta device and get memory, but no values. FSDP2 shards by layer and sums gradients in float32."""
-    kind, loss = choose_parallel(cfg, net, machine), DiffusionLoss(net)
+    """The loss of a network, compiled and, under torchrun, replicated or sharded; both networks are on the meta device
+    and get memory, but no values."""
+    loss, kind = DiffusionLoss(net), cfg.parallel if "RANK" in os.environ else "none"
+    if kind == "auto":
+        on_gpu = machine.device.type == "cuda"
+        room = torch.cuda.get_device_properties(machine.device).total_memory / 2 if on_gpu else math.inf
+        kind = "ddp" if 20 * sum(p.numel() for p in net.parameters()) < room else "fsdp"       # with Adam and average
+    if kind != "none":
+        print(f"{mc.world_size()} processes, parallel {kind}")
     for layer in net.layers if cfg.activation_checkpointing else ():
         layer.forward = partial(recompute, layer.forward, use_reentrant=False)
     if machine.compiled:
@@ -367,31 +347,16 @@ def parallelize(cfg, net, ema, machine):
     ema.to_empty(device=machine.device)
     if kind != "fsdp":
         share_frozen(ema, net)
-    if kind == "ddp":           # buffers never change; torch 2.13 calls the setting so, earlier ones otherwise
-        known = inspect.signature(DistributedDataParallel.__init__).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    if kind == "ddp":                                       # buffers never change; torch 2.13 renamed the setting
+        sync = "broadcast_buffers" if torch.__version__ < "2.13" else "forward_sync_buffers"
         return DistributedDataParallel(loss, gradient_as_bucket_view=True, **{sync: False})
     return loss
 
 
-def choose_parallel(cfg, net, machine):
-    """none, ddp or fsdp, printed with the reason."""
-    if "RANK" not in os.environ:
-        return "none"
-    size = sum(p.numel() for p in net.parameters()) * 20            # bytes of weights, gradients, two moments, average
-    on_gpu, kind = machine.device.type == "cuda", cfg.parallel
-    if kind == "auto":
-        small = not on_gpu or size < torch.cuda.get_device_properties(machine.device).total_memory / 2
-        kind = "ddp" if small else "fsdp"
-    print(f"{mc.world_size()} processes, parallel {kind}: {size / 1e9:.1f} GB of weights, gradients, optimizer state")
-    return kind
-
-
 def shard_layers(loss, ema, machine):
-    """Shard a network and its average over the processes, layer by layer."""
+    """Shard a network and its average over the processes, layer by layer; gradients are summed in float32."""
     shard = partial(fully_shard, mesh=init_device_mesh(machine.device.type, (mc.world_size(),)))
-    dtype = None if machine.dtype == torch.float32 else machine.dtype
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in (*loss.net.layers, *ema.layers):
         shard(layer, mp_policy=policy)
     shard(ema)
@@ -402,7 +367,7 @@ def shard_layers(loss, ema, machine):
 def compile_parts(net, backend="inductor"):
     """Compile the layers and the scores, not the whole: what is compiled for one layer serves for all."""
     torch._dynamo.config.recompile_limit = 32           # with cross-attention or not, last or not, gradients or not
-    torch._dynamo.config.optimize_ddp = False           # it would cut layers in two: gradients go out one by one anyway
+    torch._dynamo.config.optimize_ddp = False           # it would cut layers in two
     for layer in net.layers:
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
     net.cross_entropy = torch.compile(net.cross_entropy, backend=backend, dynamic=False)
@@ -410,54 +375,47 @@ def compile_parts(net, backend="inductor"):
 
 def share_frozen(ema, net):
     """Let the average have the network's own tensors where these are not trained."""
-    for mine, theirs in zip(ema.modules(), net.modules(), strict=True):
-        for name, p in theirs.named_parameters(recurse=False):
-            if not p.requires_grad:
-                mine.register_parameter(name, p)
-        for name, x in theirs.named_buffers(recurse=False):
-            mine.register_buffer(name, x)
+    frozen = [(name, p) for name, p in net.named_parameters() if not p.requires_grad]
+    for name, x in (*frozen, *net.named_buffers()):
+        module, _, last = name.rpartition(".")
+        setattr(ema.get_submodule(module), last, x)
 
 
 def ema_model(ema, cfg, machine):
     """The average itself, or, where it is sharded, a copy of it on the first process, and None on the others."""
-    if not any(isinstance(p, DTensor) for p in ema.parameters()):
+    if not isinstance(ema, FSDPModule):
         return ema
     state = ckpt.gather_weights(ema)
     if mc.rank():
         return None
-    copied = new_network(cfg, ema.vocab_size)
-    copied.load_state_dict(state)
-    return copied.to(machine.device)
+    whole = new_network(cfg, ema.vocab_size)
+    whole.load_state_dict(state)
+    return whole.to(machine.device)
 
 
-def describe_network(net):
-    n, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True, False))
+def print_sizes(cfg, net):
+    """Print the sizes of the network and of a step, and the bytes they need."""
+    n = sum(p.numel() for p in net.parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     rest = n - net.wte.numel() - sum(p.numel() for p in net.head.parameters())
-    return f"{n:,} parameters, {rest:,} without token vectors and output head, {trained:,} trained", n, trained
-
-
-def describe_batch(cfg):
-    N = mc.world_size()
-    processes = f"{N} processes x " if N > 1 else ""
-    return (f"{cfg.batch_tokens:,} tokens = {cfg.micro_batch} sequences x {cfg.block_size} tokens x {processes}"
-            f"{cfg.step_sequences // cfg.micro_batch // N} accumulated")
+    processes = f"{mc.world_size()} processes x " if mc.world_size() > 1 else ""
+    print(f"model: {n:,} parameters, {rest:,} without token vectors and output head, {trained:,} trained; vocabulary "
+          f"{net.vocab_size:,}")
+    print(f"memory: {(4 * n + 16 * trained) / 1e9:.2f} GB and the activations (peak_gb in the log); checkpoint: "
+          f"{16 * (trained if cfg.lora_rank else n) / 1e9:.2f} GB")
+    print(f"step: {cfg.batch_tokens:,} tokens = {cfg.micro_batch} sequences x {cfg.block_size} tokens x {processes}"
+          f"{len(cfg.micro_batches())} accumulated; {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens in all")
 
 
 def dry_run(cfg):
-    """Print what a run would be and need, with GPT-2's vocabulary if its data is not prepared yet."""
+    """Print what a run would be, with GPT-2's vocabulary if its data is not prepared yet."""
     cfg, base = load_base(cfg)
     vocab_size = base["data"]["vocab_size"] if base else 50_257
     with contextlib.suppress(UserError):
         folder = None if base else find_dataset(cfg.dataset)
         vocab_size = read_meta(folder)["vocab_size"] if folder else vocab_size
     with torch.device("meta"):
-        sizes, n, trained = describe_network(new_network(cfg, vocab_size))
-    print(f"model: {sizes}; vocabulary {vocab_size:,}")
-    total = cfg.max_steps * cfg.batch_tokens / 1e6
-    print(f"step: {describe_batch(cfg)}; {cfg.max_steps:,} steps, {total:,.0f}M tokens")
-    print(f"memory: {(4 * n + 16 * trained) / 1e9:.2f} GB of weights, gradients, average and optimizer state, and the "
-          "activations (peak_gb in the first row of the log)")
-    print(f"checkpoint: {16 * (trained if cfg.lora_rank else n) / 1e9:.2f} GB")
+        print_sizes(cfg, new_network(cfg, vocab_size))
 
 
 def open_out_dir(cfg, data):
@@ -465,19 +423,27 @@ def open_out_dir(cfg, data):
     if not cfg.out_dir:
         raise UserError("out_dir is empty; name a folder for checkpoints and log, such as out/run")
     folder = Path(cfg.out_dir)
-    has_run = any(folder.glob("ckpt_*.pt"))
+    has_run = any(folder.glob(CHECKPOINTS))
     if has_run and not cfg.resume:
         raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another --out_dir")
+    if not has_run and not cfg.init_from and cfg.prompt_table == "gpt2":
+        ckpt.gpt2_vectors(cfg.prompt_file, data["vocab_size"])              # or UserError, before anything is made
+    if cfg.wandb_log:
+        import wandb
+        try:
+            wandb.login()
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline") from None
     file = lock(folder / "log.jsonl")
     for stump in folder.glob("ckpt_*.tmp"):
         stump.unlink()
     if not has_run:
-        if cfg.resume:
-            print(f"nothing to resume in {folder}: starting at step 0")
         return file, None
     path, content = ckpt.find(folder)
+    if content["step"] > cfg.max_steps:
+        raise UserError(f"max_steps={cfg.max_steps}, but the run in {folder} is at step {content['step']}; raise it")
     ckpt.check_resumable(cfg, data, content)
-    for other in folder.glob("ckpt_*.pt"):
+    for other in folder.glob(CHECKPOINTS):
         if other > path:                                    # damaged; it must not count as one of those kept
             other.rename(other.with_suffix(".damaged"))
     return file, content
@@ -489,28 +455,34 @@ class Log:
     """Rows to out_dir/log.jsonl, less those after step `start`, to the terminal and, if asked, to Weights & Biases."""
 
     def __init__(self, cfg, file, start, wandb_id, device):
-        self.cfg, self.file, self.device, self.run, self.wandb_id = cfg, file, device, None, wandb_id
-        self.clock, self.since, self.waited = time.perf_counter(), start, 0.0
+        self.cfg, self.file, self.device = (cfg, file, device)
+        self.run, self.wandb_id = None, wandb_id
+        self.last = start, time.perf_counter(), 0.0
         if file:
             truncate_log(file, start)
         if file and cfg.wandb_log:
             import wandb
-            self.run = wandb.init(project=cfg.wandb_project, name=Path(cfg.out_dir).name, id=wandb_id,
+            self.run = wandb.init(project="sunfish", name=Path(cfg.out_dir).name, id=wandb_id,
                                   config=dataclasses.asdict(cfg), resume="allow")
             self.wandb_id = self.run.id
 
     def step(self, done, loss, grad_norm, lr, waited):
         """Print and write the state of the training after `done` steps; `waited` is the seconds for data so far."""
-        cfg, now, steps = self.cfg, time.perf_counter(), done - self.since
-        seconds, data_ms = (now - self.clock) / steps, 1000 * (waited - self.waited) / steps
-        self.clock, self.since, self.waited = now, done, waited
-        row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * cfg.batch_tokens,
-                   tokens_per_second=cfg.batch_tokens / seconds, step_ms=1000 * seconds, data_ms=data_ms,
-                   peak_gb=mc.peak_gb(self.device))
-        minutes, left = divmod(round((cfg.max_steps - done) * seconds), 60)
-        print("step {step}/{max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} {tokens_per_second:,.0f} "
-              "tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB left {left}".format(
-                  max_steps=cfg.max_steps, left=f"{minutes // 60}h{minutes % 60:02}m{left:02}s", **row))
+        now = done, time.perf_counter(), waited
+        steps, seconds, waited = (new - old for new, old in zip(now, self.last, strict=True))
+        self.last = now
+        row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * self.cfg.batch_tokens,
+                   tokens_per_second=self.cfg.batch_tokens * steps / seconds, step_ms=1000 * seconds / steps,
+                   data_ms=1000 * waited / steps, peak_gb=mc.peak_gb(self.device))
+        left = (self.cfg.max_steps - done) * seconds / steps / 60
+        try:
+            print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
+                  "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "
+                  "left {left:.0f} min".format(left=left, **row))
+        except BrokenPipeError:
+            raise
+        except OSError:                                     # the terminal was closed: SIGHUP has come
+            pass
         self.write(**row)
 
     def write(self, **row):
@@ -526,37 +498,31 @@ class Log:
             return
         try:
             import wandb
-            text = {"text": wandb.Table(["kind", "text"], row.pop("text"))} if "text" in row else {}
-            self.run.log({**row, **text}, step=row["step"])
+            if "text" in row:
+                row["text"] = wandb.Table(["beginning", "text"], row["text"])
+            self.run.log(row, step=row["step"])
         except Exception as error:                          # whatever it raises: training is worth more
             print(f"warning: Weights & Biases is given up ({type(error).__name__}: {error})", file=sys.stderr)
             self.run = None
 
 
 def truncate_log(file, start):
-    """Drop the rows of a log after step `start`, and a last line that was cut short."""
-    file.seek(0)
-    end = 0
-    with contextlib.suppress(ValueError):                   # a row that was cut short ends what is kept
-        while (row := file.readline()).endswith("\n") and json.loads(row)["step"] <= start:
-            end = file.tell()
-    file.truncate(end)                                      # at once: rows before it cannot be lost
-
-
-def log_in(cfg):
-    """Ask Weights & Biases for an account before anything is made, if it is wanted."""
-    if cfg.wandb_log:
-        import wandb
-        try:
-            wandb.login()
-        except wandb.errors.Error as error:
-            raise UserError(f"wandb_log=True, but {error}; run `wandb login` or set WANDB_MODE=offline") from None
+    """Cut a log before its first row after step `start`, and before a last line that was cut short."""
+    end, lines = 0, file.buffer
+    lines.seek(0)
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, LookupError):       # a line that is no row stays
+            if json.loads(line)["step"] > start:
+                break
+        if line.endswith(b"\n"):
+            end += len(line)
+    file.truncate(end)
 
 
 # ---- the loop ----
 
 class Prefetch:
-    """The items of an iterator, the next one made by a thread meanwhile; `waited` is the seconds spent on waiting."""
+    """An iterator whose next item is made by a thread meanwhile; `waited` is the seconds spent on waiting."""
 
     def __init__(self, items):
         self.items, self.thread, self.waited = items, ThreadPoolExecutor(1), 0.0
@@ -577,24 +543,23 @@ def all_batches(cfg, data, start, device):
 
 
 def train_step(model, optimizer, batches, cfg, step, machine):
-    """One optimizer step: (mean loss of a token in nats, norm of the gradient). Fault, before anything is updated, if
-    they are not finite, or if memory does not suffice."""
+    """One optimizer step: (mean loss of a token in nats, norm of the gradient); Fault, before the update, if they are
+    not finite or memory does not suffice."""
     total, n = torch.zeros(2, dtype=torch.float64, device=machine.device), len(cfg.micro_batches())
     try:
         for i in range(n):
-            batch, is_last = next(batches), i == n - 1
-            with contextlib.nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync():
-                with machine.autocast():
-                    loss, fit = model(batch)
-                (loss + fit).mul(mc.world_size() / cfg.batch_tokens).backward()     # averaged over the processes
+            batch = next(batches)
+            model.require_backward_grad_sync = i == n - 1                           # of DDP: once a step
+            with machine.autocast():
+                loss, fit = model(batch)
+            (loss + fit).mul(mc.world_size() / cfg.batch_tokens).backward()         # averaged over the processes
             total += torch.stack((loss.detach(), batch.loss_mask.sum()))
     except torch.OutOfMemoryError:
         raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak "
-                    f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size, accumulation keeps the step the "
-                    "same") from None
+                    f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size (the step stays the same)") from None
     loss, tokens = mc.all_reduce(total, machine.device)
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if tokens != cfg.batch_tokens:                          # known only now; divided by all tokens so far
+    if tokens != cfg.batch_tokens:                          # of examples, and known only now
         torch._foreach_mul_([p.grad for p in params], cfg.batch_tokens / tokens)
     clipped = [p for p in params if p.shape != (3,)]        # not the schedule's three scalars
     norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf)
@@ -602,7 +567,7 @@ def train_step(model, optimizer, batches, cfg, step, machine):
     if not math.isfinite(loss + grad_norm):
         lr = optimizer.param_groups[0]["lr"]
         raise Fault(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at learning rate {lr:.2e}; nothing was "
-                    "updated; resume from the last checkpoint with a lower learning_rate or grad_clip")
+                    "updated; resume from the last checkpoint with a lower learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
@@ -611,27 +576,24 @@ def train_step(model, optimizer, batches, cfg, step, machine):
 def train(cfg, machine):
     """Train, save and evaluate; returns the exit code: 0, or 128 and the number of the signal that ended it."""
     cfg, base = load_base(cfg)
-    data, train_data, val_data = open_data(cfg)
-    check_tokenizer(cfg, data, base)
-    tokenizer, adapts = get_tokenizer(data["tokenizer"]), {}
-    if base:
-        data["base"] = {"label": base["data"]["label"], "licence": base["data"]["licence"], "steps": base["step"]}
+    data, train_data, val_data = open_data(cfg, base)
+    tokenizer = get_tokenizer(data["tokenizer"])
+    kept = dict(data=data, block_length=cfg.block_length)   # in each checkpoint
     if base and cfg.lora_rank:
-        adapts = {"base": ckpt.fingerprint(base["ema"])}
+        kept["base"] = ckpt.fingerprint(base["ema"])
     file = content = None
     if mc.rank() == 0:
-        log_in(cfg)
         file, content = open_out_dir(cfg, data)
-        ckpt.check_base(cfg, content, adapts)
+        ckpt.check_base(cfg, content, kept)
     start = mc.broadcast(content["step"] if content else 0)
     raw_model, ema, model, optimizer = build(cfg, train_data, content, base, machine)
     log = Log(cfg, file, start, content and content["wandb_id"], machine.device)
     del base, content
     print(f"settings: {describe(cfg)}")
     print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
-          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {train_data.vocab_size:,} ids")
-    print(f"model: {describe_network(raw_model)[0]}")
-    print(f"step: {describe_batch(cfg)}; {'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
+          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}")
+    print_sizes(cfg, raw_model)
+    print(f"{'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     if train_data.is_examples and not cfg.init_from:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
@@ -649,8 +611,7 @@ def train(cfg, machine):
         if last or done % cfg.save_interval == 0:
             state, saved = ckpt.gather_state(raw_model, ema, optimizer), done
             if mc.rank() == 0:
-                kept = dict(data=data, wandb_id=log.wandb_id, block_length=cfg.block_length)
-                ckpt.save(cfg, done, state, **kept, **adapts)
+                ckpt.save(cfg, done, state, wandb_id=log.wandb_id, **kept)
         if last and not stop or cfg.eval_interval and done % cfg.eval_interval == 0:
             net = ema_model(ema, cfg, machine)
             if mc.rank() == 0:
