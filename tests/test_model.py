@@ -14,7 +14,7 @@ import configurator
 import diffusion
 import model as m
 import train
-from configurator import Fault
+from configurator import Fault, UserError
 from diffusion import CLEAN, LATER, NOISY
 from model import GAIN, Int8, LinearCrossEntropy, ModelConfig, SunFish, attention, quantize
 
@@ -309,7 +309,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, small):
             refused += "a.pt" in str(error)
     assert refused > 100
     torch.save(dict(format=ckpt.FORMAT - 1), path)
-    with pytest.raises(Fault, match=f"format {ckpt.FORMAT - 1}, and this code reads format {ckpt.FORMAT}"):
+    with pytest.raises(UserError, match=f"format {ckpt.FORMAT - 1}, and this code reads format {ckpt.FORMAT}"):
         ckpt.read(path)
 
 
