@@ -1,11 +1,10 @@
-"""What the network computed before the house was rebuilt (593d480), in frozen.pt: hidden states, scores, losses, gradients, sampled
-tokens and bounds of small random networks, for every kind of order, prompt, guidance and blank. Temperature 1 throughout."""
+"""What the network computed before the house was rebuilt (593d480), in frozen.pt: hidden states, scores, losses,
+gradients, sampled tokens and bounds of small random networks, for every kind of order, prompt, guidance and blank."""
 from pathlib import Path
 
 import pytest
 import torch
 
-import diffusion
 import train
 from data import Batch, Texts
 from generate import Canvas, Sampling, bound, generate, generators
@@ -15,18 +14,28 @@ FILE = Path(__file__).with_name("frozen.pt")
 SIZE = dict(n_layer=3, n_head=2, n_embd=16, token_dim=8, block_size=12, prompt_size=6, cross_every=2)
 V, B, T, C, P = 50, 3, 12, 8, 6
 ORDERS = {
-    "window": torch.zeros(T), "one at a time": torch.arange(T), "blocks of 4": torch.arange(T) // 4, "blocks of 5": torch.arange(T) // 5,
-    "strided": torch.arange(T) % 4, "given prefix": torch.tensor([-1] * 5 + [0, 0, 0, 1, 1, 1, 2]),
+    "window": torch.zeros(T),
+    "one at a time": torch.arange(T),
+    "blocks of 4": torch.arange(T) // 4,
+    "blocks of 5": torch.arange(T) // 5,
+    "strided": torch.arange(T) % 4,
+    "given prefix": torch.tensor([-1] * 5 + [0, 0, 0, 1, 1, 1, 2]),
     "given anywhere": torch.tensor([0, 1, 1, 0, -1, 2, 2, 1, -1, -1, 3, 0]),
     "example": torch.tensor([-1, -1, -1, 0, 1, 2, 3, 4, LATER, LATER, LATER, LATER]),
     "withheld": torch.tensor([LATER, LATER, LATER, 0, 0, 1, 1, 2, LATER, LATER, LATER, LATER])}
-SAMPLED = {                # block_length, strided, steps of a block, guidance, tokens given at the beginning, prompt, blanks, eta
-    "window": (0, False, 20, 1.0, 0, 0, (), 1.0), "window, DDIM": (0, False, 10, 1.0, 0, 0, (), 0.0),
-    "window, prompt": (0, False, 12, 2.5, 0, 4, (), 1.0), "blocks of 4": (4, False, 5, 1.0, 0, 0, (), 1.0),
-    "blocks of 5, guided": (5, False, 6, 2.0, 3, 3, (), 0.5), "one at a time": (1, False, 1, 1.0, 0, 0, (), 1.0),
-    "one at a time, guided": (1, False, 1, 2.0, 4, 6, (), 1.0), "strided": (3, True, 1, 1.0, 0, 0, (), 1.0),
-    "strided, guided": (2, True, 1, 3.0, 2, 5, (), 1.0), "infill": (0, False, 16, 1.0, 0, 2, (3, 4, 5, 9), 1.0),
-    "infill in blocks": (3, False, 5, 1.0, 0, 0, (0, 4, 5, 11), 1.0), "infill one at a time": (1, False, 1, 1.0, 0, 3, (2, 3, 8, 9), 1.0)}
+SAMPLED = {         # block_length, strided, steps of a block, guidance, tokens given first, prompt, blanks, eta
+    "window": (0, False, 20, 1.0, 0, 0, (), 1.0),
+    "window, DDIM": (0, False, 10, 1.0, 0, 0, (), 0.0),
+    "window, prompt": (0, False, 12, 2.5, 0, 4, (), 1.0),
+    "blocks of 4": (4, False, 5, 1.0, 0, 0, (), 1.0),
+    "blocks of 5, guided": (5, False, 6, 2.0, 3, 3, (), 0.5),
+    "one at a time": (1, False, 1, 1.0, 0, 0, (), 1.0),
+    "one at a time, guided": (1, False, 1, 2.0, 4, 6, (), 1.0),
+    "strided": (3, True, 1, 1.0, 0, 0, (), 1.0),
+    "strided, guided": (2, True, 1, 3.0, 2, 5, (), 1.0),
+    "infill": (0, False, 16, 1.0, 0, 2, (3, 4, 5, 9), 1.0),
+    "infill in blocks": (3, False, 5, 1.0, 0, 0, (0, 4, 5, 11), 1.0),
+    "infill one at a time": (1, False, 1, 1.0, 0, 3, (2, 3, 8, 9), 1.0)}
 NAMES = {"table": "wte", "read": "in_proj", "prompt_in": "prompt_proj", "null": "null_token", "blocks": "layers"}
 
 
@@ -72,12 +81,14 @@ def write(net, block_length, strided, steps, guidance, given, prompt, blanks, et
     rng = torch.Generator().manual_seed(5)
     known = torch.tensor([i not in blanks for i in range(T)]) if blanks else torch.arange(T) < given
     canvas = Canvas(torch.randint(V, (T,), generator=rng), known, torch.randint(V, (prompt,), generator=rng))
-    cfg = Sampling(block_length=block_length, strided=strided, steps=steps, guidance_scale=guidance, eta=eta, temperature=1.0)
+    dial = dict(block_length=block_length, strided=strided, steps=steps)
+    cfg = Sampling(**dial, guidance_scale=guidance, eta=eta, temperature=1.0)
     return generate(net, canvas, cfg, generators("cpu", 1, range(6)))
 
 
 def bounds(net):
-    idx, none = torch.randint(V, (32, T), generator=torch.Generator().manual_seed(9)), torch.zeros(32, 0, dtype=torch.int64)
+    idx = torch.randint(V, (32, T), generator=torch.Generator().manual_seed(9))
+    none = torch.zeros(32, 0, dtype=torch.int64)
     texts = Texts(idx, none, none.bool(), torch.ones_like(idx, dtype=torch.bool))
     ways = {"0, 1": (0, False), "4, 1": (4, False), "1, 1": (1, False), "1, 3": (3, True)}
     return {name: bound(net, texts, 8, *way, steps=int(name[0] == "1"))["bound"] for name, way in ways.items()}
@@ -102,7 +113,7 @@ def pair():
 
 
 def difference(a, b):
-    """The largest relative or absolute difference of two nested dicts of tensors and numbers; gradients under their new names."""
+    """The largest relative or absolute difference of two nested dicts of tensors and numbers."""
     if isinstance(a, dict):
         b = renamed(b) if "head.weight" in a else b
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
