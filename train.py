@@ -45,46 +45,46 @@ CHECKPOINTS = "ckpt_????????.pt"         # in out_dir
 @dataclass(frozen=True)
 class Config(ModelConfig):
     # data and output
-    dataset: str = "fineweb,pydoc"       # folder, or name under data/; of several the first that is prepared
-    init_from: str = ""                  # begin with this network (file, folder, hf:user/name); "": a new one
-    prompt_file: str = ""                # of prompt_table=gpt2: a model.safetensors with wte.weight; "": from the hub
-    out_dir: str = "out/sunfish"         # checkpoints and log.jsonl go here
-    resume: bool = False                 # continue from the newest checkpoint in out_dir
+    dataset: str = "fineweb,pydoc"     # folder, or name under data/; of several the first that is prepared
+    init_from: str = ""                # begin with this network (file, folder, hf:user/name); "": a new one
+    prompt_file: str = ""              # for prompt_table=gpt2: a safetensors file with wte.weight; "": from the hub
+    out_dir: str = "out/sunfish"       # for checkpoints and log.jsonl
+    resume: bool = False               # continue from the newest checkpoint in out_dir
     # the optimizer step
-    batch_size: int = 8                  # sequences on a device at a time, at most
-    batch_tokens: int = 65_536           # tokens in an optimizer step; gradient accumulation follows from it
-    max_steps: int = 10_000              # optimizer steps
-    learning_rate: float = 1e-3          # peak; cosine to zero after the warm-up
-    warmup_steps: int = 200              # steps of linear warm-up
-    weight_decay: float = 0.01           # on the matrices; 0 is off
-    grad_clip: float = 1.0               # largest norm of the gradient; 0 is off
-    ema_decay: float = 0.999             # averaging of the weights that sample; 0 is off
-    lora_rank: int = 0                   # train adapters of this rank beside the weights of init_from; 0 trains all
-    lora_alpha: float = 16.0             # weight of the adapters, times their rank
+    batch_size: int = 8                # sequences on a device at a time, at most
+    batch_tokens: int = 65_536         # tokens in a step; gradient accumulation follows from it
+    max_steps: int = 10_000            # optimizer steps
+    learning_rate: float = 1e-3        # peak; cosine to zero after the warm-up
+    warmup_steps: int = 200            # steps of linear warm-up
+    weight_decay: float = 0.01         # of the matrices; 0 is off
+    grad_clip: float = 1.0             # largest norm of the gradient; 0 is off
+    ema_decay: float = 0.999           # averaging of the weights that sample; 0 is off
+    lora_rank: int = 0                 # train adapters of this rank beside the weights of init_from; 0 trains all
+    lora_alpha: float = 16.0           # weight of the adapters, times their rank
     # the training mixture
-    p_single: float = 0.3                # share of sequences written token by token (the autoregressive limit)
-    p_window: float = 0.2                # share denoised as a whole window; the rest in blocks of 2, 4, 8 ...
-    max_block_length: int = 16           # ... up to this many tokens
-    p_strided: float = 0.25              # share of the latter whose blocks are spread over the text
-    p_given: float = 0.17                # share of all with tokens given: a prefix, single ones, all but some spans
-    self_conditioning: float = 0.5       # share of steps in which the network reads a first guess of x_0; 0 is off
-    conditioning_dropout: float = 0.1    # share of prompts withheld, for guidance; 1 trains without prompts
+    p_single: float = 0.3              # share of sequences written token by token (the autoregressive limit)
+    p_window: float = 0.2              # share denoised as a whole window; the rest in blocks of 2, 4, 8 ...
+    max_block_length: int = 16         # ... up to this many tokens
+    p_strided: float = 0.25            # share of the latter whose blocks are spread over the text
+    p_given: float = 0.17              # share with tokens given: a prefix, single ones, all but some spans
+    self_conditioning: float = 0.5     # share of steps in which the network reads a first guess of x_0; 0 is off
+    conditioning_dropout: float = 0.1  # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
-    seed: int = 1                        # of weights, data order and noise
-    device: str = "auto"                 # auto, cpu, cuda, cuda:1
-    parallel: str = "auto"               # auto, ddp, fsdp: of torchrun's processes; auto shards if the GPU is too small
-    dtype: str = "auto"                  # auto, float32, bfloat16: of the matrix products
-    compile: str = "auto"                # auto, true, false: torch.compile
-    activation_checkpointing: bool = False   # recompute the layers in the backward pass: less memory, more time
-    dry_run: bool = False                # print sizes, batch and bytes, then stop
+    seed: int = 1                      # of weights, data order and noise
+    device: str = "auto"               # auto, cpu, cuda, cuda:1
+    parallel: str = "auto"             # auto, ddp, fsdp: of torchrun's processes; auto: fsdp if the GPU is too small
+    dtype: str = "auto"                # auto, float32, bfloat16: of the matrix products
+    compile: str = "auto"              # auto, true, false: torch.compile
+    activation_checkpointing: bool = False      # recompute layers in the backward pass: less memory, more time
+    dry_run: bool = False              # print sizes, batch and bytes, then stop
     # log
-    log_interval: int = 10               # steps between log lines
-    eval_interval: int = 500             # steps between evaluations; 0 is off
-    eval_sequences: int = 256            # sequences for the bound at an evaluation
-    save_interval: int = 500             # steps between checkpoints
-    keep_last: int = 2                   # newest checkpoints that are kept
-    keep_interval: int = 0               # steps between checkpoints kept for good; 0 is off
-    wandb_log: bool = False              # also log to Weights & Biases
+    log_interval: int = 10             # steps between log lines
+    eval_interval: int = 500           # steps between evaluations; 0 is off
+    eval_sequences: int = 256          # sequences for the bound
+    save_interval: int = 500           # steps between checkpoints
+    keep_last: int = 2                 # newest checkpoints that are kept
+    keep_interval: int = 0             # steps between checkpoints kept for good; 0 is off
+    wandb_log: bool = False            # also log to Weights & Biases
 
     def check(self):
         """Raise UserError for settings that cannot work."""
@@ -245,8 +245,8 @@ def make_samples(net, cfg, data, tokenizer):
         canvas, rng = Canvas(idx, torch.arange(T) < n, prompt), generators(net.wte.device, cfg.seed, [i])
         made = generate(net, canvas, Sampling(block_length=cfg.block_length), rng)[0, n:]
         truth = idx[n:][texts.loss_mask[i, n:]]
-        parts = [torch.cat((prompt, idx[:n])).tolist()]
-        parts += [cut_at_eot(ids.tolist(), tokenizer.eot_token) for ids in (made, truth)]
+        made, truth = (cut_at_eot(ids.tolist(), tokenizer.eot_token) for ids in (made, truth))
+        parts = (torch.cat((prompt, idx[:n])).tolist(), made, truth)
         begun, made, truth = (" ".join(tokenizer.decode(ids).split()) for ids in parts)
         samples.append((begun or "from nothing", f"{made} (truth: {truth})"))
     return samples
@@ -279,14 +279,14 @@ def open_data(cfg, base=None):
 
 
 def load_base(cfg):
-    """(cfg with the network of init_from, the content of that checkpoint on the first process, elsewhere None)."""
+    """(cfg with the network of init_from, that checkpoint's content or None); only the first process has it."""
     if not cfg.init_from:
         return cfg, None
     content = None
     if mc.rank() == 0:
         path, content = ckpt.find(cfg.init_from) or (None, None)
-        if content is None:
-            raise UserError(f"no checkpoint at init_from={cfg.init_from}; name the file, or the folder of a run")
+        if not content:
+            raise UserError(f"no checkpoint at init_from={cfg.init_from}; name a file, or the folder of a run")
         if "base" in content:
             raise UserError(f"init_from={path} is an adapter; name the network that it was trained on")
     theirs = mc.broadcast(content and dataclasses.asdict(ckpt.model_config(content)))
@@ -382,7 +382,7 @@ def share_frozen(ema, net):
 
 
 def ema_model(ema, cfg, machine):
-    """The average itself, or, where it is sharded, a copy of it on the first process, and None on the others."""
+    """The average, or, where it is sharded, a whole copy on the first process and None on the others."""
     if not isinstance(ema, FSDPModule):
         return ema
     state = ckpt.gather_weights(ema)
@@ -399,8 +399,7 @@ def print_sizes(cfg, net):
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     rest = n - net.wte.numel() - sum(p.numel() for p in net.head.parameters())
     processes = f"{mc.world_size()} processes x " if mc.world_size() > 1 else ""
-    print(f"model: {n:,} parameters, {rest:,} without token vectors and output head, {trained:,} trained; vocabulary "
-          f"{net.vocab_size:,}")
+    print(f"model: {n:,} parameters, {rest:,} without token vectors and output head, {trained:,} trained")
     print(f"memory: {(4 * n + 16 * trained) / 1e9:.2f} GB and the activations (peak_gb in the log); checkpoint: "
           f"{16 * (trained if cfg.lora_rank else n) / 1e9:.2f} GB")
     print(f"step: {cfg.batch_tokens:,} tokens = {cfg.micro_batch} sequences x {cfg.block_size} tokens x {processes}"
@@ -419,7 +418,7 @@ def dry_run(cfg):
 
 
 def open_out_dir(cfg, data):
-    """(the locked log, the content of the checkpoint to resume or None); a run is never overwritten unasked."""
+    """(the locked log, the content of the checkpoint to resume or None); UserError for what would be overwritten."""
     if not cfg.out_dir:
         raise UserError("out_dir is empty; name a folder for checkpoints and log, such as out/run")
     folder = Path(cfg.out_dir)
@@ -444,7 +443,7 @@ def open_out_dir(cfg, data):
         raise UserError(f"max_steps={cfg.max_steps}, but the run in {folder} is at step {content['step']}; raise it")
     ckpt.check_resumable(cfg, data, content)
     for other in folder.glob(CHECKPOINTS):
-        if other > path:                                    # damaged; it must not count as one of those kept
+        if other > path:                                    # it is damaged and must not count for keep_last
             other.rename(other.with_suffix(".damaged"))
     return file, content
 
@@ -452,12 +451,12 @@ def open_out_dir(cfg, data):
 # ---- the log ----
 
 class Log:
-    """Rows to out_dir/log.jsonl, less those after step `start`, to the terminal and, if asked, to Weights & Biases."""
+    """The log in out_dir/log.jsonl, without rows after step `start`, on the terminal and in Weights & Biases."""
 
     def __init__(self, cfg, file, start, wandb_id, device):
-        self.cfg, self.file, self.device = (cfg, file, device)
-        self.run, self.wandb_id = None, wandb_id
-        self.last = start, time.perf_counter(), 0.0
+        self.cfg, self.file = cfg, file
+        self.device, self.wandb_id = device, wandb_id
+        self.run, self.last = None, (start, time.perf_counter(), 0.0)
         if file:
             truncate_log(file, start)
         if file and cfg.wandb_log:
@@ -467,7 +466,7 @@ class Log:
             self.wandb_id = self.run.id
 
     def step(self, done, loss, grad_norm, lr, waited):
-        """Print and write the state of the training after `done` steps; `waited` is the seconds for data so far."""
+        """Print and write a row; `waited` is the seconds spent on waiting for data so far."""
         now = done, time.perf_counter(), waited
         steps, seconds, waited = (new - old for new, old in zip(now, self.last, strict=True))
         self.last = now
@@ -479,10 +478,9 @@ class Log:
             print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
                   "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "
                   "left {left:.0f} min".format(left=left, **row))
-        except BrokenPipeError:
-            raise
-        except OSError:                                     # the terminal was closed: SIGHUP has come
-            pass
+        except OSError as error:                            # EIO: the terminal was closed, SIGHUP has come
+            if isinstance(error, BrokenPipeError):
+                raise
         self.write(**row)
 
     def write(self, **row):
@@ -525,7 +523,8 @@ class Prefetch:
     """An iterator whose next item is made by a thread meanwhile; `waited` is the seconds spent on waiting."""
 
     def __init__(self, items):
-        self.items, self.thread, self.waited = items, ThreadPoolExecutor(1), 0.0
+        self.items, self.waited = items, 0.0
+        self.thread = ThreadPoolExecutor(1)
         self.ahead = self.thread.submit(next, items, None)
 
     def __next__(self):
@@ -591,7 +590,7 @@ def train(cfg, machine):
     del base, content
     print(f"settings: {describe(cfg)}")
     print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
-          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}")
+          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
     print_sizes(cfg, raw_model)
     print(f"{'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
     if train_data.is_examples and not cfg.init_from:
