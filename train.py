@@ -39,7 +39,6 @@ from generate import Canvas, Sampling, bound, generate, generators
 from model import ModelConfig, SunFish, add_lora
 
 SCHEDULE_RATE = 3e-3                     # learning rate of the fitted schedule's three scalars
-CHECKPOINTS = "ckpt_????????.pt"         # in out_dir
 
 
 @dataclass(frozen=True)
@@ -422,7 +421,7 @@ def open_out_dir(cfg, data):
     if not cfg.out_dir:
         raise UserError("out_dir is empty; name a folder for checkpoints and log, such as out/run")
     folder = Path(cfg.out_dir)
-    has_run = any(folder.glob(CHECKPOINTS))
+    has_run = any(folder.glob(ckpt.CKPT))
     if has_run and not cfg.resume:
         raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another --out_dir")
     if not has_run and not cfg.init_from and cfg.prompt_table == "gpt2":
@@ -442,7 +441,7 @@ def open_out_dir(cfg, data):
     if content["step"] > cfg.max_steps:
         raise UserError(f"max_steps={cfg.max_steps}, but the run in {folder} is at step {content['step']}; raise it")
     ckpt.check_resumable(cfg, data, content)
-    for other in folder.glob(CHECKPOINTS):
+    for other in folder.glob(ckpt.CKPT):
         if other > path:                                    # it is damaged and must not count for keep_last
             other.rename(other.with_suffix(".damaged"))
     return file, content
