@@ -53,7 +53,7 @@ def choose_device(name):
         raise UserError(f"device={name} is unknown; use auto, cpu or cuda")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        found = f"sees {count or 'no'} CUDA devices, counted from 0"
+        found = f"sees {count} CUDA devices, counted from 0" if count else "sees no CUDA device"
         raise UserError(f"device={name}, but torch {torch.__version__} {found}; use --device=cpu")
     return device
 

@@ -1,4 +1,4 @@
-"""Minutes on a laptop: half a million parameters beside token vectors and output head, on the text that Python brings along."""
+"""Minutes on a laptop: half a million parameters beside token vectors and head, on text that Python brings along."""
 dataset = "fineweb,pydoc"
 out_dir = "out/tiny"
 n_layer = 2
