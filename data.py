@@ -1,5 +1,5 @@
 """
-Shards of tokens, the meta files that describe them, and tokenizers.
+Shards of tokens, the meta files that describe them, tokenizers, and the batches of a training step.
 
 A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16, little-endian: the format of
 llm.c and modded-nanogpt. A shard of examples has version 2: 256 int32 (20240520, 2, number of tokens, number of
@@ -365,7 +365,7 @@ def choose_blocks(cfg, free, rng):
 def noise_levels(cfg, order, length, rng):
     """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps.
 
-    A token that is written alone gets the highest, to be decided in one step; objective eps needs all levels.
+    A token in a block of one gets the highest, at which it is decided in one step; objective eps needs all levels.
     """
     single = (length == 1) & (order >= 0)                   # given tokens are denoised together, before all others
     u = stratified_uniform(len(order), rng).double()

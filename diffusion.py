@@ -94,7 +94,7 @@ def hash64(*keys):
 
 
 def generator(device, *keys):
-    """A Generator seeded by a hash of the keys: with plain seeds the noise would repeat the weights drawn with them."""
+    """A Generator seeded by a hash of the keys: a plain seed would make noise of the numbers that made the weights."""
     return torch.Generator(device).manual_seed(hash64(*keys))
 
 

@@ -73,8 +73,8 @@ def plan(cfg, model_cfg, known):
 class Decoder:
     """Texts (B, T) that are written block by block by a network with a KV cache of their clean tokens, and guidance.
 
-    With guidance each text is in the batch twice: with the prompt and the tokens that begin the text, and without. The
-    two hidden states are combined before the head, which is linear (Ho & Salimans 2022, eq. 6).
+    With guidance each text is in the batch twice: once with the prompt and the given beginning of the text, once with
+    both hidden. The hidden states are combined before the head, which is linear (Ho & Salimans 2022, eq. 6).
     """
 
     def __init__(self, model, canvas, cfg, order, rng, watch):
@@ -251,7 +251,8 @@ def length_cost(model, pieces, i, n, cfg, rng):
 
 
 def infill(model, pieces, cfg, rng, watch=None):
-    """As `fill`, of a text that may have open blanks: from left to right each takes the length that costs least."""
+    """As `fill`, of a text that may have open blanks: from left to right each takes the length that costs least.
+    There is no guidance: no prompt is set apart from the text."""
     cfg, texts = replace(cfg, guidance_scale=1.0), []
     if 0 not in pieces:
         return fill(model, pieces, cfg, rng, watch)

@@ -92,10 +92,12 @@ def join_processes(device):
 
 
 @contextlib.contextmanager
-def peers():
-    """Turn the error of a process whose peer has ended into a Fault."""
+def torch_faults():
+    """Turn the errors of a process whose peer has ended, or whose memory does not suffice, into a Fault."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise Fault(f"{str(error).splitlines()[0]}; use a smaller batch_size, or a smaller network") from None
     except RuntimeError as error:
         if world_size() == 1 or not re.search("[Cc]onnection (closed|reset)|NCCL", str(error)):
             raise

@@ -72,7 +72,7 @@ class Layout(NamedTuple):
     pos: torch.Tensor              # (N,) int64 positions
     mask: torch.Tensor | None      # (B, 1, N, M) True where attention sees one of M keys; None: all
     near: torch.Tensor | None      # (B, n, KERNEL) True where the convolution sees a neighbour; None: all
-    own: torch.Tensor | None       # (B, T, KERNEL) True where this neighbour is of the same block: noisy, in training
+    own: torch.Tensor | None       # (B, T, KERNEL), in training: True where a noisy token reads its noisy neighbour
 
 
 class Prompt(NamedTuple):
@@ -106,7 +106,8 @@ def training_layout(order, T):
 
 class LayerCache:
     """What a layer keeps of the clean tokens of a text of `size` tokens, and of the prompt: keys and values, and the
-    convolution's input. The noisy tokens of a pass stand behind the clean ones until the next pass overwrites them."""
+    convolution's input. Noisy tokens are written behind the clean ones, do not count, and are overwritten by the next
+    pass."""
 
     def __init__(self, size):
         self.size, self.length = size, 0

@@ -22,7 +22,7 @@ from configurator import Fault, UserError, in_range, one_of, run
 from data import cut_at_eot, format_instruction, get_tokenizer
 from diffusion import generator
 from generate import LONGEST, Sampling, generate, infill, infill_canvas, plan, prompt_canvas, to_canvas
-from machine import choose_device, choose_dtype, keep_memory
+from machine import choose_device, choose_dtype, keep_memory, torch_faults
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 PAGE = Path(__file__).with_name("bench") / "page.html"
@@ -87,12 +87,12 @@ def log(*words):
 
 def read_text(text):
     """The text itself, or of @FILE, or - for stdin."""
-    if text == "-":
-        return sys.stdin.read().strip("\n")
     try:
+        if text == "-":
+            return sys.stdin.read().strip("\n")
         return Path(text[1:]).read_text(encoding="utf-8").strip("\n") if text.startswith("@") else text
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {text[1:]} ({error}); name a text file") from None
+        raise UserError(f"cannot read {text[1:] or 'stdin'} ({error}); name a text file") from None
 
 
 def read_prompts(text):
@@ -231,6 +231,8 @@ def say_what(cfg, network, prompts, planned, machine):
     """What is about to be done, by which network, and what is odd about it."""
     names = {0: "the whole window at once", 1: "one token at a time"}
     block = names.get(cfg.block_length, f"blocks of {cfg.block_length} tokens")
+    if cfg.mode == "infill" and "guidance_scale" in cfg.given:
+        log(f"warning: guidance_scale={cfg.guidance_scale} is not used with --mode=infill")
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
     log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps, {machine}")
     if cfg.mode == "generate" and not all(prompt.strip() for prompt in prompts):
@@ -251,6 +253,7 @@ def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
     return made, texts[0][:given + len(made[0])]
 
 
+@torch_faults()
 def main(cfg):
     keep_memory()
     path, content = ckpt.find_network(cfg.checkpoint or "out")

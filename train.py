@@ -5,8 +5,8 @@ Train SunFish: pre-tokenized shards in, checkpoints and a log out.
     python train.py config/micro.py --device=cpu            # 41.6M parameters and the output head's 25.8M
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
-Data order and noise are functions of (seed, step, number of the sequence in its step), so a run that stops at a
-checkpoint and resumes is the run that never stopped, on any number of processes.
+The data order and all noise are functions of (seed, step, number of the sequence in its step). So a run that resumes
+is, on a CPU bit for bit, the run that never stopped; any number of processes and any batch size see the same batches.
 """
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ class Config(ModelConfig):
     grad_clip: float = 1.0             # largest norm of the gradient; 0 is off
     ema_decay: float = 0.999           # averaging of the weights that sample; 0 is off
     lora_rank: int = 0                 # train adapters of this rank beside the weights of init_from; 0 trains all
-    lora_alpha: float = 16.0           # weight of the adapters, times their rank
+    lora_alpha: float = 16.0           # the output of the adapters is multiplied by lora_alpha / lora_rank
     # the training mixture
     p_single: float = 0.3              # share of sequences written token by token (the autoregressive limit)
     p_window: float = 0.2              # share denoised as a whole window; the rest in blocks of 2, 4, 8 ...
@@ -78,7 +78,7 @@ class Config(ModelConfig):
     dry_run: bool = False              # print sizes, batch and bytes, then stop
     # log
     log_interval: int = 10             # steps between log lines
-    eval_interval: int = 500           # steps between evaluations; 0 is off
+    eval_interval: int = 500           # steps between evaluations; 0: only after the last step
     eval_sequences: int = 256          # sequences for the bound
     save_interval: int = 500           # steps between checkpoints
     keep_last: int = 2                 # newest checkpoints that are kept
@@ -139,9 +139,9 @@ class Config(ModelConfig):
     @property
     def block_length(self):
         """Tokens denoised together at an evaluation, and by sample.py unless told otherwise."""
-        if self.p_single == 1:
-            return 1
-        return 0 if self.p_window == 1 else min(Sampling.block_length, self.max_block_length)
+        if self.p_single + self.p_window >= 1:              # no blocks are trained
+            return 1 if self.p_single else 0
+        return min(Sampling.block_length, 2 ** (self.max_block_length.bit_length() - 1))
 
     def micro_batches(self):
         """Numbers within the step of the sequences in each batch that this process accumulates."""
@@ -228,7 +228,7 @@ def evaluate(net, cfg, data, tokenizer):
         row |= {name + suffix: value for name, value in found.items()}
         how = {0: "the whole window", 1: "token by token"}.get(length, f"blocks of {length}")
         print(f"  held-out text, {how}: at most {found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, "
-              f"perplexity {math.exp(found['bound']):,.0f}")
+              f"perplexity {math.exp(min(found['bound'], 700)):,.4g}")        # exp overflows at 710
     row["text"] = make_samples(net, cfg, data, tokenizer)
     for beginning, text in row["text"]:
         print(f"  {beginning}: {text}")
@@ -482,6 +482,10 @@ class Log:
                 raise
         self.write(**row)
 
+    def restart(self, done, waited):
+        """Leave out of the next row's speed what was done since the last step: a save, an evaluation."""
+        self.last = done, time.perf_counter(), waited
+
     def write(self, **row):
         """Write a row to the file and to Weights & Biases; Fault if the disk is full."""
         if not self.file:
@@ -571,6 +575,7 @@ def train_step(model, optimizer, batches, cfg, step, machine):
     return loss, grad_norm
 
 
+@mc.torch_faults()
 def train(cfg, machine):
     """Train, save and evaluate; returns the exit code: 0, or 128 and the number of the signal that ended it."""
     cfg, base = load_base(cfg)
@@ -614,8 +619,12 @@ def train(cfg, machine):
             net = ema_model(ema, cfg, machine)
             if mc.rank() == 0:
                 log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(net, cfg, val_data, tokenizer))
+        if done in (saved, start + 1) or cfg.eval_interval and done % cfg.eval_interval == 0:
+            log.restart(done, batches.waited)
         if stop:
             break
+    if log.run:
+        log.run.finish()                                    # main may end this process at once
     if saved < cfg.max_steps:
         print(f"saved step {saved:,} in {cfg.out_dir}; the same command with --resume goes on")
         return 128 + stop
@@ -629,10 +638,9 @@ def main(cfg):
     mc.keep_memory()
     machine = mc.choose_machine(cfg)
     if cfg.dry_run:
-        return dry_run(cfg)
+        return dry_run(cfg) if mc.rank() == 0 else 0
     mc.join_processes(machine.device)
-    with mc.peers():
-        code = train(cfg, machine)
+    code = train(cfg, machine)
     if mc.world_size() > 1:
         mc.shutdown(code)
     return code

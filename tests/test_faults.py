@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -370,3 +371,20 @@ def test_shards_that_cannot_be_trained_on_are_refused_at_the_start(command, shar
         (bad / "meta.json").unlink()
     err = call([*command, f"--dataset={bad}"], code=2).stderr
     assert words in err and str(bad) in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_anywhere_is_one_line(command, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    err = call([*command, "--max_steps=1"], code=1).stderr
+    assert "Tried to allocate 2 GiB; use a smaller batch_size" in err and err.count("error:") == 1
+
+
+def test_a_run_of_weights_and_biases_is_finished(command, monkeypatch):
+    wandb, finished = pytest.importorskip("wandb"), []
+    run = SimpleNamespace(id="one", log=lambda *_, **__: None, finish=lambda: finished.append(True))
+    monkeypatch.setattr(wandb, "login", lambda: True)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    call([*command, "--wandb_log", "--max_steps=2"])
+    assert finished == [True]

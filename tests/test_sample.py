@@ -2,12 +2,15 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import call, run
+from conftest import ROOT, call, run
 
 import checkpoint as ckpt
 import diffusion
@@ -293,3 +296,15 @@ def test_an_open_blank_takes_the_length_that_makes_the_text_behind_it_likely(sma
     text, = writing.infill(small, pieces, Sampling(steps=2), makers(0))
     assert seen == [1, 2, 3, 4, 5, 6] and len(text) == 3 + 5 + (3 if behind else 0) and text[:3] == [1, 2, 3]
     assert not behind or text[8:10] == [4, 5]
+
+
+def test_guidance_of_an_infill_is_warned_about(base):
+    args = ["--mode=infill", "--text=the [MASK:2] dog", "--guidance_scale=5"]
+    assert "guidance_scale=5.0 is not used with --mode=infill" in write(base, *args).stderr
+
+
+def test_bytes_on_stdin_that_are_no_text_are_refused(base):
+    command = [sys.executable, "sample.py", f"--checkpoint={base}"]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*command, "--prompt=-"], cwd=ROOT, capture_output=True, input=b"abc \xff", env=env)
+    assert done.returncode == 2 and b"cannot read stdin" in done.stderr and b"Traceback" not in done.stderr

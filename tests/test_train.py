@@ -1,6 +1,7 @@
 """Training: the loss, the step, overfitting, exact resumption, the log, and what a user's mistake gets."""
 import dataclasses
 import json
+import time
 import math
 import os
 import re
@@ -424,3 +425,28 @@ def test_vectors_that_do_not_fit_are_refused_and_leave_nothing(shards, vectors, 
         err = call([*command, f"--prompt_file={file}"], 2).stderr
         assert words in err and err.count("\n") == 1, err
         assert not (tmp_path / "run").exists()
+
+
+def test_blocks_that_are_trained_are_evaluated():
+    def length(*args):
+        return config(*args).block_length
+    assert (length(), length("--max_block_length=4"), length("--max_block_length=3")) == (8, 4, 2)
+    assert length("--p_single=1", "--p_window=0") == length("--p_single=0.5", "--p_window=0.5") == 1
+    assert length("--p_single=0", "--p_window=1") == 0
+
+
+def test_an_evaluation_survives_a_bound_beyond_exp_and_does_not_count_as_training(shards, tmp_path, monkeypatch):
+    def slow_bound(*_, **__):
+        time.sleep(0.5)
+        return dict(bound=5000.0, bound_error=1.0)
+    monkeypatch.setattr(train, "bound", slow_bound)
+    args = ["--max_steps=6", "--eval_interval=2", "--log_interval=1", "--save_interval=100"]
+    call(["train.py", *SIZE, *args, f"--dataset={shards}", f"--out_dir={tmp_path}"])
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert sum("bound" in row for row in rows) == 3 and all(row["step_ms"] < 500 for row in rows if "step_ms" in row)
+
+
+def test_a_dry_run_is_said_by_the_first_process_alone(base, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not call(["train.py", *SIZE, "--dry_run", f"--init_from={base}"]).stdout
