@@ -252,7 +252,7 @@ def length_cost(model, pieces, i, n, cfg, rng):
 
 def infill(model, pieces, cfg, rng, watch=None):
     """As `fill`, of a text that may have open blanks: from left to right each takes the length that costs least.
-    There is no guidance: no prompt is set apart from the text."""
+    There is no guidance."""
     cfg, texts = replace(cfg, guidance_scale=1.0), []
     if 0 not in pieces:
         return fill(model, pieces, cfg, rng, watch)

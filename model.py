@@ -207,13 +207,14 @@ class Layer(nn.Module):
 
     def conv(self, x, layout, cache):
         """A depthwise convolution of each token's neighbours in the text that it may see: (B, N, n_embd)."""
-        if cache is not None:
+        whole = layout.num_clean == 0 and (cache is None or x.size(1) == cache.size)       # in order
+        if cache is not None and not whole:
             by_position = cache.write(x, layout.pos)
             return self.weigh([by_position[:, layout.pos + i] for i in range(KERNEL)], layout.near)
         T = len(x[0]) - layout.num_clean
         padded = F.pad(x[:, layout.num_clean:], (0, 0, HALF, HALF))
         noisy = [padded[:, i:i + T] for i in range(KERNEL)]
-        if layout.num_clean == 0:
+        if whole:
             return self.weigh(noisy, layout.near)
         padded = F.pad(x[:, :T], (0, 0, HALF, HALF))
         clean = [padded[:, i:i + T] for i in range(KERNEL)]

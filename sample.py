@@ -111,8 +111,7 @@ def read_blanks(text, encode):
         if not BLANK.fullmatch(found[0]):
             raise UserError(f"{found[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
     if not BLANK.search(text):
-        raise UserError(f"--text={text!r} has no [MASK], in capitals, to fill; write for example "
-                        '"The sky is [MASK:2] today."')
+        raise UserError(f"--text={text!r} has no [MASK], in capitals; write for example \"The sky is [MASK:2] today.\"")
     pieces, end = [], 0
     for blank in BLANK.finditer(text):
         n = int(blank[1] or 0)
