@@ -178,7 +178,7 @@ def test_public_shards_are_read(tmp_path):
     with pytest.raises(UserError, match="python prepare_fineweb.py"):
         find_shards(tmp_path / "nowhere", "train")
     (tmp_path / "t.txt").write_text("text")                             # ours are not mixed into these
-    assert "other origin" in refused(prepare_in, tmp_path, "--source=t.txt", "--out=.")
+    assert "other origin" in refused(prepare_in, tmp_path, "--source=t.txt", "--tokenizer=corpus", "--out=.")
     assert len(list(tmp_path.iterdir())) == 3
 
 
