@@ -24,7 +24,8 @@ MAGIC, HEADER_BYTES = 20240520, 1024
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
 HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
-OFFLINE = "go offline: python prepare_fineweb.py --source=pydoc"
+EMBEDDED = ("fables", "pydoc")             # sources that need no network
+OFFLINE = "go offline: python prepare_fineweb.py --source=fables"
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
 META = {"label": str, "licence": str, "kind": str, "tokenizer": dict, "vocab_size": int, "shards": list,
         "settings": dict, "finished": bool, **dict.fromkeys(COUNTS, int)}
@@ -132,15 +133,15 @@ def fingerprint_shards(tokenizer, shards):
 
 
 def find_dataset(names, root="data"):
-    """The first folder of `names` ("fineweb,pydoc": in `root`, or paths) with finished shards.
+    """The first folder of `names` ("fineweb,fables": in `root`, or paths) with finished shards.
 
-    If there is none: None if pydoc is among the names, which the caller may prepare, else UserError."""
+    If there is none: None if an embedded corpus is among the names, which the caller may prepare, else UserError."""
     items = [item.strip() for item in names.split(",")]
     for item in items:
         for folder in (Path(root, item), Path(item)):
             if any(folder.glob("*train*.bin")) and all(part["finished"] for part in read_parts(folder).values()):
                 return folder
-    if "pydoc" in items:
+    if not set(items).isdisjoint(EMBEDDED):
         return None
     source = items[0] if items[0] in HUB else f"FILE --out={Path(root, items[0])}"
     command = f"python prepare_fineweb.py --source={source}"
@@ -184,6 +185,11 @@ def cut_at_eot(ids, eot):
     return ids[:ids.index(eot)] if eot in ids else ids
 
 
+def first_document(ids, eot):
+    """The list of token ids of the first document, without the `eot` before and behind it."""
+    return cut_at_eot(ids[ids[:1] == [eot]:], eot)
+
+
 def lock(path):
     """The file `path`, open to append and locked until it is closed; UserError if another process has it."""
     try:
@@ -214,10 +220,11 @@ class Dataset:
     """Windows of T tokens over the shards of a split, each with the P tokens before it; or, of shards of instructions,
     examples: up to T / 2 tokens of the instruction, the rest of it before the window, then the response, cut at T.
 
-    An instruction of more than T / 2 + P tokens is left out. UserError if nothing is left.
+    An instruction of more than T / 2 + P tokens is left out. UserError if nothing is left. A share `align` of the
+    windows is moved on to where the next document begins, and has no tokens before it.
     """
 
-    def __init__(self, folder, split, cfg, vocab_size):
+    def __init__(self, folder, split, cfg, vocab_size, align=0.0):
         self.paths, self.vocab_size = find_shards(folder, split), vocab_size
         self.T, self.P = cfg.block_size, cfg.prompt_size
         self.shards, lengths = zip(*map(read_examples, self.paths), strict=True)
@@ -226,6 +233,9 @@ class Dataset:
         self.rows = np.concatenate(rows)                    # of examples
         counts = map(len, rows) if self.is_examples else (len(shard) // self.T for shard in self.shards)
         self.ends = np.cumsum(list(counts))
+        self.align = align
+        self.begins = [np.flatnonzero(shard[:len(shard) - self.T + 1] == vocab_size - 1) if align else shard[:0]
+                       for shard in self.shards]            # of documents, at their end-of-text
         if self.ends[-1] == 0:
             raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens, or an example "
                             f"with up to {self.T // 2 + self.P} tokens of instruction; prepare more, or change "
@@ -248,8 +258,13 @@ class Dataset:
         shard = np.searchsorted(self.ends, i, side="right")
         if self.is_examples:
             return shard, *self.rows[i].T
-        window = (i - np.append(0, self.ends)[shard]) * self.T
-        return shard, 0 * i, window, 0 * i, 0 * i + self.T
+        window, start = (i - np.append(0, self.ends)[shard]) * self.T, 0 * i
+        aligned = scramble(i.astype(np.uint64)) < self.align * 2.0 ** 64
+        for k in np.unique(shard[aligned]):
+            rows, begins = aligned & (shard == k), self.begins[k]
+            if len(begins):
+                start[rows] = window[rows] = begins[np.searchsorted(begins, window[rows]).clip(max=len(begins) - 1)]
+        return shard, start, window, 0 * i, 0 * i + self.T
 
     def read(self, i):
         """The Texts of windows or examples i (n,), and how many tokens at the beginning of each are given (n,)."""

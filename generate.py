@@ -159,7 +159,7 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
             pos = (order == block).nonzero().flatten()
             decoder.write_block(pos, steps)
             if eot is not None and not cfg.strided:                     # whose blocks leave gaps before the end
-                ended |= (decoder.tokens[:, pos] == eot).any(1)
+                ended |= (decoder.tokens[:, pos[pos > 0]] == eot).any(1)    # the first token may open the text
                 if ended.all():
                     break
     return decoder.tokens

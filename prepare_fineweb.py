@@ -3,7 +3,7 @@ Turn text into shards of tokens, once: FineWeb by streaming, your own files, or 
 
     python prepare_fineweb.py                                   # a billion tokens of FineWeb into data/fineweb
     python prepare_fineweb.py --source=texts/ --max_tokens=0    # .txt, .jsonl(.gz, .xz), .parquet: file, folder or glob
-    python prepare_fineweb.py --source=pydoc                    # English out of Python's own documentation, offline
+    python prepare_fineweb.py --source=fables                   # very short stories out of the grammar in fables.txt
     python prepare_fineweb.py --subset=default --part=0/64      # the first of 64 processes or machines
 
 End of text stands before each document. Records with instruction, optional input, and output (or prompt and response)
@@ -23,6 +23,7 @@ import itertools
 import json
 import lzma
 import os
+import random
 import re
 import sys
 from array import array
@@ -33,10 +34,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+import fables
 from configurator import Fault, UserError, in_range, one_of, run
-from data import (COUNTS, HUB, OFFLINE, PATTERN, encode, fingerprint_shards, format_instruction, get_tokenizer, lock,
-                  read_parts, write_file, write_shard)
+from data import (COUNTS, EMBEDDED, HUB, OFFLINE, PATTERN, encode, fingerprint_shards, format_instruction,
+                  get_tokenizer, lock, read_parts, write_file, write_shard)
 
+FABLES = 100_000                         # stories of the embedded corpus, 7M tokens
 RECORDS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "response"))
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -44,8 +47,8 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "fineweb"          # fineweb, fineweb-edu, pydoc, or a file, folder or glob
-    tokenizer: str = ""              # gpt2; corpus: trained on it; a folder: its tokenizer; "": gpt2, corpus for pydoc
+    source: str = "fineweb"          # fineweb, fineweb-edu, fables, pydoc, or a file, folder or glob
+    tokenizer: str = ""              # gpt2; corpus: trained on it; a folder: its own; "": gpt2, corpus if offline
     vocab_size: int = 4096           # ids of a corpus tokenizer
     max_tokens: str = "1B"           # training tokens at most, like 100M or 2B; 0: all
     part: str = "0/1"                # i/n: every n-th file, or document if files are few, from the i-th on
@@ -109,7 +112,7 @@ def open_meta(cfg, path):
     folder, parts = path.parent, read_parts(path.parent)
     recorded = next((part["settings"] for part in parts.values()), {})
     revision, documents = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
-    kind = cfg.tokenizer or ("corpus" if cfg.source == "pydoc" else "gpt2")
+    kind = cfg.tokenizer or ("corpus" if cfg.source in EMBEDDED else "gpt2")
     spec = None if kind == "corpus" else read_tokenizer(kind)
     settings = {"source": Path(cfg.source).name, "revision": revision, "subset": cfg.subset, "tokenizer": kind,
                 "vocab_size": cfg.vocab_size if kind == "corpus" else get_tokenizer(spec).n_vocab,
@@ -144,8 +147,10 @@ def new_meta(cfg, settings, spec, documents):
         raise UserError(f"no tokens in source={cfg.source}; give it text that is not blank")
     spec = spec or train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
     about, licence = "text of your own", "yours"
+    if cfg.source == "fables":
+        about, licence = "very short stories out of a grammar, the embedded corpus", "MIT"
     if cfg.source == "pydoc":
-        about, licence = "this Python's own documentation, the embedded corpus", "PSF-2.0"
+        about, licence = "this Python's own documentation", "PSF-2.0"
     if cfg.source in HUB:
         about, licence = f"{HUB[cfg.source]} {cfg.subset}", "ODC-By 1.0"
     name, revision = settings["source"], settings["revision"]
@@ -312,6 +317,9 @@ def train_tokenizer(texts, vocab_size):
             count(i, 1)
         for other in changed:
             heapq.heappush(heap, (-pairs[other], other))
+    if all(len(word) == 1 for word in words):           # a closed vocabulary: tiktoken finds whole words without pieces
+        kept = {spelled[word] for word in words}
+        ids = [token for token in ids if len(token) == 1 or token in kept]
     return {"name": "corpus", "pattern": PATTERN, "tokens": [base64.b64encode(token).decode() for token in ids]}
 
 
@@ -321,7 +329,10 @@ def open_source(source, revision="", subset="", part=(0, 1)):
     A document is (text,) or (instruction, response); a byte that is not UTF-8 is a lone surrogate in it.
     """
     i, n = part
-    if source == "pydoc":
+    if source == "fables":
+        rng = random.Random(1)
+        revision, documents = f"{FABLES:,} stories", ((fables.draw(rng)[0],) for _ in range(FABLES))
+    elif source == "pydoc":
         revision, documents = f"Python {sys.version.split()[0]}", read_pydoc()
     elif source in HUB:
         documents = read_hub(HUB[source], revision, subset, part)
@@ -364,7 +375,7 @@ def find_files(source):
     paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
     files = sorted(Path(path) for path in paths if path.lower().endswith(SUFFIXES) and os.path.isfile(path))
     if not files:
-        raise UserError(f"source={source} is no file, folder or glob with {' '.join(SUFFIXES)}; give one, or pydoc")
+        raise UserError(f"source={source} is no file, folder or glob with {' '.join(SUFFIXES)}; give one, or fables")
     return files
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import checkpoint as ckpt
 from configurator import Fault, UserError, in_range, one_of, run
-from data import cut_at_eot, format_instruction, get_tokenizer
+from data import cut_at_eot, first_document, format_instruction, get_tokenizer
 from diffusion import generator
 from generate import LONGEST, Sampling, generate, infill, infill_canvas, plan, prompt_canvas, to_canvas
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
@@ -122,13 +122,13 @@ def read_blanks(text, encode):
     return [*pieces, encode(text[end:])]
 
 
-def encode_prompt(prompt, tokenizer, answers):
-    """Token ids of a prompt; a network that answers reads it as it read instructions."""
+def encode_prompt(prompt, tokenizer, answers, begins):
+    """Token ids of a prompt: as the network read instructions, if it answers; of a document that begins; or of any
+    text."""
     if not prompt.strip():
         return []
-    if answers:
-        return [tokenizer.eot_token, *tokenizer.encode_ordinary(format_instruction(prompt))]
-    return tokenizer.encode_ordinary(prompt)
+    prompt = format_instruction(prompt) if answers else prompt
+    return [tokenizer.eot_token] * (answers or begins) + tokenizer.encode_ordinary(prompt)
 
 
 # ---- output ----
@@ -245,11 +245,12 @@ def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
     makers = [partial(generator, model.wte.device, cfg.seed, number) for number in numbers]
     if pieces:
         made = infill(model, pieces, cfg, makers, watch)
-        return made, made[0]
+        return [ids[ids[:1] == [eot]:] for ids in made], made[0]
     texts = generate(model, canvas, cfg, [make() for make in makers], watch, eot).tolist()
     given = int(canvas.known.sum())
-    made = [cut_at_eot(ids[given:], eot) for ids in texts]
-    return made, texts[0][:given + len(made[0])]
+    cut = cut_at_eot if given else first_document
+    made = [cut(ids[given:], eot) for ids in texts]
+    return made, texts[0][:given + len(made[0]) + (not given and texts[0][0] == eot)]
 
 
 @torch_faults()
@@ -265,14 +266,16 @@ def main(cfg):
     model = ckpt.load_model(content, device, dtype, cfg.quantize == "int8")
     tokenizer = get_tokenizer(content["data"]["tokenizer"])
     answers = content["data"]["kind"] == "instructions" and cfg.mode == "generate"
-    eot, prompts = tokenizer.eot_token if answers else None, read_prompts(cfg.prompt)
+    begins = content["data"].get("align", 0) > 0                        # its windows began with a document
+    eot, prompts = tokenizer.eot_token if answers or begins else None, read_prompts(cfg.prompt)
     pieces = []
     if cfg.mode == "infill":
         pieces = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
+        pieces[0] = [tokenizer.eot_token] * begins + pieces[0]
         idx, known = to_canvas(pieces)
         canvases = [infill_canvas(idx[None], known, int((~known).nonzero()[0]), model.cfg)[1]]
     else:
-        ids = [encode_prompt(prompt, tokenizer, answers) for prompt in prompts]
+        ids = [encode_prompt(prompt, tokenizer, answers, begins) for prompt in prompts]
         canvases = [prompt_canvas(row, cfg.seq_len, model.cfg) for row in ids]
     plans = [plan(cfg, model.cfg, canvas.known) for canvas in canvases]
     if cfg.export:

@@ -34,7 +34,8 @@ import checkpoint as ckpt
 import diffusion
 import machine as mc
 from configurator import Fault, UserError, describe, in_range, one_of, run
-from data import Dataset, Texts, cut_at_eot, find_dataset, get_tokenizer, lock, read_meta, step_batches
+from data import (EMBEDDED, Dataset, Texts, cut_at_eot, find_dataset, first_document, get_tokenizer, lock, read_meta,
+                  step_batches)
 from generate import Canvas, Sampling, bound, generate, generators
 from model import ModelConfig, SunFish, add_lora
 
@@ -44,7 +45,7 @@ SCHEDULE_RATE = 3e-3                     # learning rate of the fitted schedule'
 @dataclass(frozen=True)
 class Config(ModelConfig):
     # data and output
-    dataset: str = "fineweb,pydoc"     # folder, or name under data/; of several the first that is prepared
+    dataset: str = "fineweb,fables"    # folder, or name under data/; of several the first that is prepared
     init_from: str = ""                # begin with this network (file, folder, hf:user/name); "": a new one
     prompt_file: str = ""              # for prompt_table=gpt2: a safetensors file with wte.weight; "": from the hub
     out_dir: str = "out/sunfish"       # for checkpoints and log.jsonl
@@ -61,6 +62,7 @@ class Config(ModelConfig):
     lora_rank: int = 0                 # train adapters of this rank beside the weights of init_from; 0 trains all
     lora_alpha: float = 16.0           # the output of the adapters is multiplied by lora_alpha / lora_rank
     # the training mixture
+    align: float = 0.0                 # share of windows that begin with a document; the others tile the text
     p_single: float = 0.3              # share of sequences written token by token (the autoregressive limit)
     p_window: float = 0.2              # share denoised as a whole window; the rest in blocks of 2, 4, 8 ...
     max_block_length: int = 16         # ... up to this many tokens
@@ -94,7 +96,7 @@ class Config(ModelConfig):
         in_range(self, 0, 1e18, "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "keep_interval",
                  "lora_rank")
         in_range(self, 0, 1, "p_single", "p_window", "p_strided", "p_given", "self_conditioning",
-                 "conditioning_dropout", "ema_decay")
+                 "conditioning_dropout", "ema_decay", "align")
         in_range(self, 1e-12, 1e3, "learning_rate", "lora_alpha")
         one_of(self, "dtype", "auto", "float32", "bfloat16")
         one_of(self, "compile", "auto", "true", "false")
@@ -244,7 +246,8 @@ def make_samples(net, cfg, data, tokenizer):
         canvas, rng = Canvas(idx, torch.arange(T) < n, prompt), generators(net.wte.device, cfg.seed, [i])
         made = generate(net, canvas, Sampling(block_length=cfg.block_length), rng)[0, n:]
         truth = idx[n:][texts.loss_mask[i, n:]]
-        made, truth = (cut_at_eot(ids.tolist(), tokenizer.eot_token) for ids in (made, truth))
+        cut = cut_at_eot if n else first_document
+        made, truth = (cut(ids.tolist(), tokenizer.eot_token) for ids in (made, truth))
         parts = (torch.cat((prompt, idx[:n])).tolist(), made, truth)
         begun, made, truth = (" ".join(tokenizer.decode(ids).split()) for ids in parts)
         samples.append((begun or "from nothing", f"{made} (truth: {truth})"))
@@ -257,14 +260,16 @@ def open_data(cfg, base=None):
     """(what a checkpoint keeps of the data, training Dataset, validation Dataset); UserError if there are none, or if
     they do not fit the network `base`."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and find_dataset(cfg.dataset) is None:
-        print("no data yet: preparing pydoc, Python's own documentation", file=sys.stderr)
+        source = next(name for name in EMBEDDED if name in cfg.dataset)
+        print(f"no data yet: preparing the embedded corpus, {source}", file=sys.stderr)
         script = Path(__file__).with_name("prepare_fineweb.py")
-        if subprocess.run([sys.executable, script, "--source=pydoc"]).returncode:
+        if subprocess.run([sys.executable, script, f"--source={source}"]).returncode:
             raise UserError("the embedded corpus could not be prepared; see above")
     mc.barrier()
     folder = find_dataset(cfg.dataset)
     meta = read_meta(folder)
     data = {name: meta[name] for name in ("label", "licence", "kind", "fingerprint", "tokenizer", "vocab_size")}
+    data["align"] = cfg.align
     if mc.broadcast(data["fingerprint"]) != data["fingerprint"]:
         raise UserError(f"process {mc.rank()} has other data, {data['label']}; prepare the same on every machine")
     if base:
@@ -274,7 +279,8 @@ def open_data(cfg, base=None):
             mine, other = (f"{part['tokenizer']['name']} of {part['vocab_size']:,} ids" for part in (data, theirs))
             raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {other}; "
                             "prepare the text with --tokenizer=gpt2, or the folder of its shards")
-    return data, *(Dataset(folder, split, cfg, data["vocab_size"]) for split in ("train", "val"))
+    splits = ("train", cfg.align), ("val", math.ceil(cfg.align))            # what is held out is scored aligned
+    return data, *(Dataset(folder, split, cfg, data["vocab_size"], align) for split, align in splits)
 
 
 def load_base(cfg):

@@ -12,6 +12,7 @@ repetition, spelling, MAUVE (Pillutla et al. 2021), and the same row for real te
 3. Conditioning: whether a continuation fits its own prompt better than another's, and whether a filled blank fits
 its text.
 """
+import collections
 import json
 import math
 import re
@@ -30,13 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as ckpt
 import diffusion
+import fables
 from configurator import UserError, in_range, run
-from data import Dataset, Texts, find_dataset, get_tokenizer, read_meta
+from data import Dataset, Texts, find_dataset, first_document, get_tokenizer, read_meta
 from diffusion import generator
 from generate import Canvas, Sampling, bound, generate, generators, plan
 from machine import choose_device, keep_memory
 from twins import cross_entropy, evaluate, load_twin
 
+STORY_COLUMNS = "sentences:.3f stories:.3f stories_error:.3f different:.3f learnt:.3f broken_first:"
 TRAINING_TOKENS = 2_000_000        # of the training split, read for its words and for the floors
 LISTS = {"block_length": (int, 0, 10**6), "strided": (int, 2, 10**6), "steps": (int, 1, 10**6),
          "temperatures": (float, 0.01, 100), "eta": (float, 0, 1), "guidance": (float, 0, 100)}
@@ -96,6 +99,7 @@ class Bench(NamedTuple):
     training: torch.Tensor         # (n,) tokens of the training split; empty without --dataset
     judge: Any                     # the twin that judges, or None
     twins: dict                    # the masked and the causal twin, if named
+    stories: frozenset = frozenset()                # of the training split, if it is of fables: then the grammar judges
 
 
 def read_windows(path, tokenizer, block_size):
@@ -118,7 +122,8 @@ def open_data(dataset, content, cfg, split="val"):
     folder = find_dataset(dataset)
     if folder is None or read_meta(folder)["tokenizer"] != content["data"]["tokenizer"]:
         raise UserError(f"dataset={dataset} has another tokenizer than the checkpoint; name one in its tokens")
-    return Dataset(folder, split, cfg, content["data"]["vocab_size"])
+    align = math.ceil(content["data"].get("align", 0))          # as the network saw them
+    return Dataset(folder, split, cfg, content["data"]["vocab_size"], align)
 
 
 def open_twin(name, place, content, device="cpu"):
@@ -154,11 +159,13 @@ def open_bench(cfg):
         plan(Sampling(steps=steps), model.cfg, torch.zeros(T, dtype=torch.bool))
     if T < max(4, cfg.blank + 2):
         raise UserError(f"blank={cfg.blank} and 4-grams do not fit into this checkpoint's windows of {T} tokens")
-    training = torch.empty(0, dtype=torch.int64)
+    training, told = torch.empty(0, dtype=torch.int64), []
     if cfg.dataset:
         shards = open_data(cfg.dataset, content, model.cfg, "train").shards
         parts = [shard[:TRAINING_TOKENS // len(shards)] for shard in shards]
         training = torch.from_numpy(np.concatenate(parts).astype("int64"))
+        if content["data"]["label"].startswith("fables"):
+            told = [tokenizer.decode(part.tolist()) for shard in shards for part in cut_documents(shard, tokenizer)]
     if cfg.text:
         windows = read_windows(cfg.text, tokenizer, T)
     else:
@@ -170,7 +177,8 @@ def open_bench(cfg):
                             f"{len(windows)}; lower it")
     judge, *twins = (open_twin(name, getattr(cfg, name), content, device) for name in ("judge", "masked", "causal"))
     twins = {name: twin for name, twin in zip(("masked", "causal"), twins, strict=True) if twin}
-    return Bench(model, usual(content), tokenizer, windows, training, judge, twins), path, content
+    bench = Bench(model, usual(content), tokenizer, windows, training, judge, twins, frozenset(told))
+    return bench, path, content
 
 
 def shuffled(windows, seed):
@@ -323,6 +331,30 @@ def mauve(features, reference):
     from mauve import compute_mauve
     pair = dict(p_features=reference.float().numpy(), q_features=features.float().numpy())
     return float(compute_mauve(**pair, num_buckets=max(2, len(features) // 10), verbose=False).mauve)
+
+
+def cut_documents(tokens, tokenizer):
+    """The documents in tokens (n,), each without the end-of-text before it."""
+    return [part[1:] for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token))]
+
+
+def stories(idx, tokenizer):
+    """The first story in each window (N, T), a list of (text, whether it ends there)."""
+    eot = tokenizer.eot_token
+    return [(tokenizer.decode(first_document(row, eot)), eot in row[1:]) for row in idx.tolist()]
+
+
+def judge_stories(idx, bench):
+    """The grammar's columns for windows (N, T): the shares of sentences and of whole stories that are right, of
+    different ones, of those that stand in the training text, and what is wrong first."""
+    told = stories(idx, bench.tokenizer)
+    verdicts = [fables.judge(text) for text, _ in told]
+    right = [verdict.consistent and ends for verdict, (_, ends) in zip(verdicts, told, strict=True)]
+    broken = collections.Counter(verdict.broken for verdict in verdicts if verdict.broken)
+    return {"sentences": sum(v.right for v in verdicts) / sum(v.sentences for v in verdicts),
+            **mean("stories", torch.tensor(right)), "different": len(set(told)) / len(told),
+            "learnt": sum(text in bench.stories for text, _ in told) / len(told),
+            "broken_first": ", ".join(f"{name} {n / len(told):.0%}" for name, n in broken.most_common(3))}
 
 
 def score(tokens, judge=None, tokenizer=None, dictionary=None, reference=None, batch_size=32):
@@ -485,8 +517,13 @@ def samples(cfg, bench):
     dictionary = set(words(bench.training, bench.tokenizer))
     reference = reference_features(cfg, bench, windows[cfg.samples:2 * cfg.samples])
     for labels, make in systems(cfg, bench, windows[:cfg.samples]):
-        scores = score(timed(labels, make), bench.judge, bench.tokenizer, dictionary, reference, cfg.batch_size)
-        rows.append({**labels, **scores})
+        made = timed(labels, make)
+        scores = score(made, bench.judge, bench.tokenizer, dictionary, reference, cfg.batch_size)
+        rows.append({**labels, **scores, **(judge_stories(made, bench) if bench.stories else {})})
+    if bench.stories:
+        print("sentences, stories: shares that the grammar of fables.txt could have written. different: stories. "
+              "learnt: share\nthat stands in the training text. broken first: what goes wrong first, in which share.")
+        show(rows, f"text: block_length:d blocks: steps:d temperature:g {STORY_COLUMNS}")
     show(rows, "text: block_length:d blocks: steps:d calls:d temperature:g eta:g perplexity:,.1f entropy:.3f "
                "distinct-1:.3f distinct-2:.3f distinct-4:.3f repeated:.3f words:.3f MAUVE:.3f")
     return rows

@@ -1,5 +1,5 @@
 """41.6M parameters with GPT-2's vocabulary, and 25.8M of the output head: for one GPU, or for a look at it on a CPU."""
-dataset = "fineweb,pydoc"
+dataset = "fineweb,fables"
 out_dir = "out/micro"
 parallel = "ddp"
 n_layer = 8

@@ -60,6 +60,28 @@ def test_windows_and_prompts_are_the_text_in_order(text):
         assert texts.prompt_mask[row].tolist() == [False] * (P - len(before)) + [True] * len(before)
 
 
+def test_aligned_windows_begin_with_a_document_and_see_nothing_before_it(tmp_path):
+    rng, eot = np.random.default_rng(0), V - 1
+    shards = [np.where(rng.random(60 * T + 3) < 0.1, eot, rng.integers(V - 1, size=60 * T + 3)) for _ in range(2)]
+    shards.append(np.arange(5 * T) % (V - 1))                           # of other origin, without an end-of-text
+    for i, shard in enumerate(shards):
+        write_shard(tmp_path / f"train_{i}.bin", shard)
+    plain, aligned, half = (Dataset(tmp_path, "train", config(), V, align) for align in (0, 1, 0.5))
+    everything = np.arange(len(plain))
+    for i, tiles, texts in zip(everything, plain.read(everything)[0].idx, aligned.read(everything)[0].idx, strict=True):
+        shard, window = (i // 60, i % 60 * T) if i < 120 else (2, (i - 120) * T)
+        begins = np.flatnonzero(shards[shard][:len(shards[shard]) - T + 1] == eot)
+        start = ([*begins[begins >= window], *begins[-1:]] or [window])[0]
+        assert tiles.tolist() == shards[shard][window:window + T].tolist()
+        assert texts.tolist() == shards[shard][start:start + T].tolist()
+    texts, _ = aligned.read(everything[:120])
+    assert not texts.prompt_mask.any() and texts.loss_mask.all()
+    moved = [not row.any() for row in half.read(everything[1:60])[0].prompt_mask]
+    assert 20 < sum(moved) < 40
+    same = [torch.equal(a, b) for a, b in zip(half.read(everything)[0].idx, plain.read(everything)[0].idx, strict=True)]
+    assert 50 < sum(same) < 100
+
+
 def test_examples_are_an_instruction_partly_before_the_window_and_a_response_that_is_cut(examples):
     dataset, pairs = examples
     texts, given = dataset.read(np.arange(len(dataset)))

@@ -58,7 +58,7 @@ def test_an_instruction_is_trained_on_as_a_prompt_is_written_after(examples, pai
         question = tokenizer.decode([*prompt[seen].tolist(), *idx[:n].tolist()][1:]).removesuffix("\n\nAnswer:")
         response = idx[counts].tolist()
         assert tokenizer.decode(response[:-1]) == " " + PAIRS[question] and response[-1] == tokenizer.eot_token
-        canvas = generate.prompt_canvas(sample.encode_prompt(question, tokenizer, True), 0, config())
+        canvas = generate.prompt_canvas(sample.encode_prompt(question, tokenizer, True, False), 0, config())
         assert torch.equal(canvas.idx[canvas.known], idx[:n]) and torch.equal(canvas.prompt, prompt[seen])
 
 

@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+import fables
 import prepare_fineweb as pf
 from configurator import Fault, UserError, load
 from data import (PATTERN, cut_at_eot, encode, find_dataset, find_shards, format_instruction, get_tokenizer, lock,
@@ -113,12 +115,24 @@ def naive_train(texts, n_merges):
     return list(ids)
 
 
-@pytest.mark.parametrize("texts", [["low lower lowest newest widest aaaa aaa aaaaaaa abab"], sentences(5), ODD])
+@pytest.mark.parametrize("texts", [["low lower lowest newest widest aaaa aaa aaaaaaa abab"], [*sentences(5), "unheard"],
+                                   ODD])
 def test_trainer_equals_the_naive_one(texts):
     spec = pf.train_tokenizer(texts, 256 + 80 + 1)
     assert [base64.b64decode(token) for token in spec["tokens"]] == naive_train(texts, 80)
     tokenizer = get_tokenizer(json.loads(json.dumps(spec)))
     assert tokenizer.n_vocab == len(spec["tokens"]) + 1 <= 337 and tokenizer.eot_token == tokenizer.n_vocab - 1
+
+
+def test_of_a_closed_vocabulary_each_word_is_a_token_and_nothing_else_is():
+    spec = pf.train_tokenizer(sentences(5), 400)
+    words = {word.encode() for text in sentences(5) for word in re.findall(r" ?[a-z]+| ?\d+|:", text)}
+    tokens = {base64.b64decode(token) for token in spec["tokens"]}
+    assert tokens == words | {bytes([i]) for i in range(256)} and len(spec["tokens"]) == len(tokens)
+    tokenizer = get_tokenizer(spec)
+    for text in (*sentences(20), *ODD, "unheard words and the cat"):
+        assert tokenizer.decode(encode(tokenizer, text)[1:].tolist()) == text
+    assert len(encode(tokenizer, " the old house sees a cat")) == 7
 
 
 @pytest.mark.parametrize("name", ["corpus", "gpt2"])
@@ -190,7 +204,8 @@ def test_find_dataset_takes_the_first_there_is(tmp_path):
     assert find_dataset(str(tmp_path / "b")) == tmp_path / "b"
     assert "prepare_fineweb.py --source=fineweb," in refused(find_dataset, "fineweb", tmp_path)
     assert "--source=FILE --out=" in refused(find_dataset, "a", tmp_path)
-    assert find_dataset("fineweb,pydoc", tmp_path) is None              # the caller prepares it
+    assert find_dataset("fineweb,fables", tmp_path) is None             # the caller prepares it
+    assert find_dataset("fineweb,pydoc", tmp_path) is None
 
 
 def test_meta_files_that_are_damaged_or_not_true_are_refused(tmp_path):
@@ -226,8 +241,21 @@ def test_ids_are_cut_at_the_end_of_text():
 def test_the_embedded_corpus_is_prepared(tmp_path):
     folder = prepare("pydoc", tmp_path / "pydoc", tokenizer="")
     meta = read_meta(folder)
-    assert "embedded corpus" in meta["label"] and meta["vocab_size"] == 300
+    assert "documentation" in meta["label"] and meta["vocab_size"] == 300
     assert find_dataset("a,pydoc", tmp_path) == folder
+
+
+def test_the_fables_are_prepared_with_a_token_for_each_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(pf, "FABLES", 2000)
+    folder = prepare("fables", tmp_path / "fables", tokenizer="", vocab_size=4096)
+    meta, tokenizer = read_meta(folder), get_tokenizer(read_meta(folder)["tokenizer"])
+    assert "embedded corpus" in meta["label"] and (meta["licence"], meta["documents"]) == ("MIT", 2000)
+    told = sorted(text for split in ("train", "val") for text in documents(folder, split))
+    rng = random.Random(1)
+    drawn = sorted(fables.draw(rng)[0] for _ in range(2000))
+    assert len({*drawn} - {*told}) <= 2                             # one is cut where the validation split begins
+    for text in drawn:
+        assert len(encode(tokenizer, text)) == 1 + len(re.findall(r" ?[A-Za-z]+| ?[^\sA-Za-z]+", text))
 
 
 def test_all_kinds_of_files_give_their_documents(tmp_path):
@@ -324,7 +352,7 @@ def test_no_network_is_said_in_one_line(tmp_path):
                "HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
     start = time.monotonic()
     line = run_in(tmp_path, code=1, env=nowhere)
-    assert all(word in line for word in ("HF_TOKEN", "HF_ENDPOINT", "--source=FILE", "--source=pydoc"))
+    assert all(word in line for word in ("HF_TOKEN", "HF_ENDPOINT", "--source=FILE", "--source=fables"))
     (tmp_path / "t.txt").write_text("some text")
     line = run_in(tmp_path, "--source=t.txt", code=2, env=nowhere)
     assert all(word in line for word in ("vocab.bpe", "encoder.json", "TIKTOKEN_CACHE_DIR", "--tokenizer=corpus"))
