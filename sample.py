@@ -25,6 +25,7 @@ from generate import LONGEST, Sampling, generate, infill, infill_canvas, plan, p
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
+MARK = "<|endoftext|>"                            # before a document, as every tokenizer spells it
 PAGE = Path(__file__).with_name("bench") / "page.html"
 CARD = """---
 license: other
@@ -164,6 +165,7 @@ class Watch:
         for is_written, run_of in itertools.groupby(tokens, key=lambda pair: pair[0]):
             part = [i for _, i in run_of]
             text += self.tokenizer.decode(part) if is_written else "\u00b7" * len(part)
+        text = text.removeprefix(MARK).replace(MARK, " / ")
         clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
         log(f"{clear}step {self.calls}/{self.total}, noise level {t}\n{' '.join(text.split())}")
 
@@ -181,11 +183,12 @@ def print_sample(cfg, prompt, number, text, answers):
 def save_page(path, alpha_bar, tokenizer, ids, frames):
     """Write a page on which a reader can go through the steps in which the tokens `ids` were written."""
     written = {place for _, pos, _, _ in frames for place in pos}
-    tokens = [None if place in written else tokenizer.decode([i]) for place, i in enumerate(ids)]
+    spelled = [tokenizer.decode([i]).replace(MARK, "") for i in ids]
+    tokens = [None if place in written else word for place, word in enumerate(spelled)]
     steps = []
     for t, *columns in frames:
         rows = [row for row in zip(*columns, strict=True) if row[0] < len(ids)]
-        words = [[place, tokenizer.decode([i]), round(sure, 3)] for place, i, sure in rows]
+        words = [[place, tokenizer.decode([i]).replace(MARK, ""), round(sure, 3)] for place, i, sure in rows]
         if words:                                           # not those after the end
             steps.append([t, round(float((1 - alpha_bar[t]) ** 0.5), 4), words])
     data = json.dumps(dict(tokens=tokens, steps=steps)).replace("<", "\\u003c")

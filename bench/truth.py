@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fables
 import quality
-from configurator import UserError, run
+from configurator import Fault, UserError, run
 from generate import Canvas, bound
 from machine import keep_memory
 
@@ -68,7 +68,7 @@ def likelihood(cfg, bench):
     def row(name, nats, error):
         rows.append({"text_written": name, "nats": nats, "nats_error": error, "above": nats - exact.mean().item()})
     for length in quality.numbers(cfg.block_length, int):
-        name = {0: "the whole window", 1: "token by token"}.get(length, f"in blocks of {length}")
+        name = {0: "as a whole window", 1: "token by token"}.get(length, f"in blocks of {length}")
         found = quality.timed({"bound": name}, partial(bound, bench.model, quality.plain(idx), cfg.batch_size, length))
         row(name, found["bound"], found["bound_error"])
     for name, twin in bench.twins.items():
@@ -76,6 +76,9 @@ def likelihood(cfg, bench):
     print(f"1. LIKELIHOOD of {len(idx):,} windows of {idx.size(1)} tokens, in nats a token. above: more than the "
           "truth, which is the grammar's own.")
     quality.show(rows, "text_written: nats:.4f nats_error:.4f above:.4f")
+    low = [row["text_written"] for row in rows if row["above"] < -3 * row["nats_error"]]
+    if low:
+        raise Fault(f"the bound of {', '.join(low)} lies below the truth by more than three errors; it is no bound")
     return rows
 
 
