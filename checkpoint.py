@@ -103,7 +103,8 @@ def save(cfg, done, state, **content):
 
 
 def check_resumable(cfg, data, content):
-    """Raise UserError for another network or other data than the checkpoint's; print what else differs."""
+    """Raise UserError for another network or other data than the checkpoint's, and without cfg.resume for any other
+    setting; print what else differs."""
     network = {field.name for field in dataclasses.fields(ModelConfig)}
     fixed = network | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}
     old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
@@ -116,8 +117,12 @@ def check_resumable(cfg, data, content):
         raise UserError(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was "
                         f"trained on {content['data']['label']} ({content['data']['fingerprint']}); resume with that "
                         "--dataset")
-    for name in changed:
-        print(f"resuming with {name}={getattr(cfg, name)}, was {old[name]}")
+    changes = [f"{name}={getattr(cfg, name)}, was {old[name]}" for name in changed]
+    if changes and not cfg.resume:
+        raise UserError(f"{cfg.out_dir} already holds a run, with {changes[0]}; continue it with --resume, or choose "
+                        "another --out_dir")
+    for change in changes:
+        print(f"resuming with {change}")
     if content["world_size"] != world_size():
         print(f"resuming on {world_size()} processes, was {content['world_size']}: the same batches and noise")
 

@@ -255,7 +255,7 @@ def encode_all(documents, meta, workers, goal):
     from tqdm import tqdm
     encode_one = functools.partial(encode_document, get_tokenizer(meta["tokenizer"]), meta["kind"])
     batches = iter(lambda: list(itertools.islice(documents, 16)), [])       # one at a time costs the threads more
-    total = goal if goal < sys.maxsize else None
+    total = goal if meta["source"] in HUB and goal < sys.maxsize else None        # other sources end before
     bar = tqdm(total=total, initial=meta["train_tokens"], unit=" tokens", unit_scale=True, mininterval=1)
     with bar, ThreadPoolExecutor(workers) as pool:
         tasks = (pool.submit(list, map(encode_one, batch)) for batch in batches)

@@ -49,7 +49,7 @@ class Config(ModelConfig):
     init_from: str = ""                # begin with this network (file, folder, hf:user/name); "": a new one
     prompt_file: str = ""              # for prompt_table=gpt2: a safetensors file with wte.weight; "": from the hub
     out_dir: str = "out/sunfish"       # for checkpoints and log.jsonl
-    resume: bool = False               # continue from the newest checkpoint in out_dir
+    resume: bool = False               # continue the run in out_dir with other settings; with the same it always does
     # the optimizer step
     batch_size: int = 8                # sequences on a device at a time, at most
     batch_tokens: int = 65_536         # tokens in a step; gradient accumulation follows from it
@@ -428,8 +428,6 @@ def open_out_dir(cfg, data):
         raise UserError("out_dir is empty; name a folder for checkpoints and log, such as out/run")
     folder = Path(cfg.out_dir)
     has_run = any(folder.glob(ckpt.CKPT))
-    if has_run and not cfg.resume:
-        raise UserError(f"{folder} already holds a run; continue it with --resume, or choose another --out_dir")
     if not has_run and not cfg.init_from and cfg.prompt_table == "gpt2":
         ckpt.gpt2_vectors(cfg.prompt_file, data["vocab_size"])              # or UserError, before anything is made
     if cfg.wandb_log:

@@ -162,7 +162,7 @@ def test_a_mistake_is_said_once(command, tmp_path):
 @pytest.mark.slow
 def test_a_mistake_that_the_first_process_finds_ends_the_others(command, alone):
     """An out_dir that is taken, which only the first one looks at."""
-    _, err = torchrun([*command[1:], f"--out_dir={alone}"], code=1)
+    _, err = torchrun([*command[1:], f"--out_dir={alone}", "--weight_decay=0.5"], code=1)
     said = [line for line in err.splitlines() if line.startswith("error:")]
     assert "already holds a run" in said[0] and len(said) <= 2 and "[rank1]: Traceback" not in err, err
 

@@ -351,7 +351,11 @@ def test_the_full_size_wants_web_text(tmp_path):
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(shards, tmp_path):
     command = ["train.py", *SIZE, f"--dataset={shards}", "--max_steps=1", f"--out_dir={tmp_path / 'run'}"]
     call(command)
-    assert "already holds a run" in call(command, code=2).stderr
+    before = (tmp_path / "run" / "ckpt_00000001.pt").read_bytes()
+    assert "done: step 1;" in call(command).stdout                      # the same command again
+    assert (tmp_path / "run" / "ckpt_00000001.pt").read_bytes() == before and len(losses(tmp_path / "run")) == 1
+    err = call([*command, "--learning_rate=0.5"], code=2).stderr
+    assert "already holds a run, with learning_rate=0.5, was 0.001; continue it with --resume" in err
     assert "n_layer=3 is 2" in call([*command, "--resume", "--n_layer=3"], code=2).stderr
     assert "seed=2 is 1" in call([*command, "--resume", "--seed=2"], code=2).stderr
     out = call([*command, "--resume", "--learning_rate=0.5", "--max_steps=2", "--weight_decay=0.2"])
