@@ -32,7 +32,8 @@ class Slot(NamedTuple):
 
 def read_grammar(text):
     """({rule: its alternatives}, {variable: its values}, {variable: what kind of thing it is})."""
-    rules, values, kinds = {}, {}, {}
+    rules, values = {}, {}
+    kinds = {}
     lines = text.replace("\n  ", " ")                        # a rule goes on in lines that are indented
     for name, variables, sign, right in re.findall(r"(?m)^(\w+)(?: \(([\w, ]+)\))?(:| =) (.+)", lines):
         parts = [part.strip().removeprefix("-") for part in right.split("|")]
@@ -90,8 +91,9 @@ def fill(slot, way):
 
 def draw(rng):
     """(a story, its log-probability in nats); rng is a random.Random."""
-    words, story, count = [], {}, 1
-    stack = [*STORY]
+    words, stack = [], [*STORY]
+    story = {}                              # its variables
+    count = 1                               # ways that were as likely
     while stack:
         item = stack.pop()
         if isinstance(item, Words):
@@ -114,7 +116,8 @@ class Parse(NamedTuple):
 
 def parse(text, starts=(STORY,), whole=True):
     """The Parse of a text that derives from one of `starts`; with whole=False, of any beginning of such a text."""
-    found, end, expected = [], -1, set()
+    found, end = [], -1
+    expected = set()
     states = [(0, start, {}, 0.0) for start in starts]      # place in the text, what must follow, variables, log_p
     while states:
         place, rest, story, log_p = states.pop()
@@ -157,6 +160,19 @@ class Verdict(NamedTuple):
 @functools.lru_cache(100_000)
 def is_sentence(text):
     return parse(text, SENTENCES).log_p > -math.inf
+
+
+@functools.cache
+def plots():
+    """What a story of each plot is derived from."""
+    return [read_template("{opening} {weather} " + plot) for plot in TEMPLATES["plot"]]
+
+
+def plot_of(text):
+    """The number of the plot that a text follows furthest; None if several are equal."""
+    found = [parse(text, [start]) for start in plots()]
+    ends = [(each.log_p, each.end) for each in found]
+    return ends.index(max(ends)) if ends.count(max(ends)) == 1 else None
 
 
 def judge(text):

@@ -18,19 +18,19 @@ from data import Texts
 from diffusion import LATER, sample_constrained_ddim, sample_ddim, sample_ddpm
 from model import MAX_SCORES, Layout, LayerCache, neighbours
 
-BLOCK_STEPS, WINDOW_STEPS = 16, 50      # denoising steps of a block, and of a whole window
+BLOCK_STEPS, WINDOW_STEPS = 32, 50      # denoising steps of a block, and of a whole window
 LONGEST = 12                            # tokens that a blank of open length is tried with, from 1 on
 BEHIND = 24                             # known tokens behind such a blank, at most, that decide which length is best
 
 
 @dataclass(frozen=True)
 class Sampling:
-    block_length: int = 8            # tokens denoised together; 0 the whole window, 1 the autoregressive limit
+    block_length: int = 16           # tokens denoised together; 0 the whole window, 1 the autoregressive limit
     strided: bool = False            # spread the tokens of a block evenly over the text, instead of taking neighbours
-    steps: int = 0                   # denoising steps of a block; 0: 16, window 50, single token 1, ddpm all
+    steps: int = 0                   # denoising steps of a block; 0: 32, window 50, single token 1, ddpm all
     sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim over the whole text, known parts held)
     eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
-    temperature: float = 0.9         # of what the context says; below 1 is safer and duller
+    temperature: float = 0.7         # of what the context says; below 1 is safer and duller
     guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
 
     def check(self):

@@ -630,7 +630,7 @@ def train(cfg, machine):
     if log.run:
         log.run.finish()                                    # main may end this process at once
     if saved < cfg.max_steps:
-        print(f"saved step {saved:,} in {cfg.out_dir}; the same command with --resume goes on")
+        print(f"saved step {saved:,} in {cfg.out_dir}; the same command goes on from there")
         return 128 + stop
     print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={shlex.quote(cfg.out_dir)}")
     return 0

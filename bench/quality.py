@@ -39,7 +39,10 @@ from generate import Canvas, Sampling, bound, generate, generators, plan
 from machine import choose_device, keep_memory
 from twins import cross_entropy, evaluate, load_twin
 
-STORY_COLUMNS = "sentences:.3f stories:.3f stories_error:.3f different:.3f learnt:.3f broken_first:"
+ABOUT_STORIES = ("sentences, stories: shares that the grammar of fables.txt could have written. plots: exp of their "
+                 "entropy, 10 in the\ngrammar. different: share of different stories. learnt: share that stands in the training "
+                 "text. broken first: what\ngoes wrong first, and how often.")
+STORY_COLUMNS = "sentences:.3f stories:.3f stories_error:.3f plots:.1f different:.3f learnt:.3f broken_first:"
 TRAINING_TOKENS = 2_000_000        # of the training split, read for its words and for the floors
 LISTS = {"block_length": (int, 0, 10**6), "strided": (int, 2, 10**6), "steps": (int, 1, 10**6),
          "temperatures": (float, 0.01, 100), "eta": (float, 0, 1), "guidance": (float, 0, 100)}
@@ -345,14 +348,18 @@ def stories(idx, tokenizer):
 
 
 def judge_stories(idx, bench):
-    """The grammar's columns for windows (N, T): the shares of sentences and of whole stories that are right, of
-    different ones, of those that stand in the training text, and what is wrong first."""
+    """The grammar's columns for windows (N, T): the shares of sentences and of whole stories that are right, exp of the
+    entropy of their plots, the shares of different ones and of those in the training text, what is wrong first."""
     told = stories(idx, bench.tokenizer)
     verdicts = [fables.judge(text) for text, _ in told]
     right = [verdict.consistent and ends for verdict, (_, ends) in zip(verdicts, told, strict=True)]
     broken = collections.Counter(verdict.broken for verdict in verdicts if verdict.broken)
+    plots = collections.Counter(fables.plot_of(text) for text, _ in told)
+    del plots[None]
+    shares = torch.tensor([n / plots.total() for n in plots.values()])
     return {"sentences": sum(v.right for v in verdicts) / sum(v.sentences for v in verdicts),
             **mean("stories", torch.tensor(right)), "different": len(set(told)) / len(told),
+            "plots": torch.special.entr(shares).sum().exp().item(),
             "learnt": sum(text in bench.stories for text, _ in told) / len(told),
             "broken_first": ", ".join(f"{name} {n / len(told):.0%}" for name, n in broken.most_common(3))}
 
@@ -521,8 +528,7 @@ def samples(cfg, bench):
         scores = score(made, bench.judge, bench.tokenizer, dictionary, reference, cfg.batch_size)
         rows.append({**labels, **scores, **(judge_stories(made, bench) if bench.stories else {})})
     if bench.stories:
-        print("sentences, stories: shares that the grammar of fables.txt could have written. different: stories. "
-              "learnt: share\nthat stands in the training text. broken first: what goes wrong first, in which share.")
+        print(ABOUT_STORIES)
         show(rows, f"text: block_length:d blocks: steps:d temperature:g {STORY_COLUMNS}")
     show(rows, "text: block_length:d blocks: steps:d calls:d temperature:g eta:g perplexity:,.1f entropy:.3f "
                "distinct-1:.3f distinct-2:.3f distinct-4:.3f repeated:.3f words:.3f MAUVE:.3f")

@@ -32,6 +32,8 @@ class Config(quality.Config):
     checkpoint: str = "out/tiny"     # file, or folder of a run: its newest
     dataset: str = "fables"          # folder of shards of fables
     sequences: int = 1042            # windows for a bound: of 96 tokens, 100,000
+    samples: int = 128               # stories in a row of the other tables
+    temperatures: str = "0.7,1"      # of what the context says, a row each
     steps: str = "16,64"             # denoising steps of a block, a row each; a single token has one
     guidance: str = "1,2"            # weights of the prompt, a row each
     pairs: int = 0                   # not used
@@ -83,25 +85,26 @@ def likelihood(cfg, bench):
 
 
 def samples(cfg, bench):
-    makers = {"the grammar itself": lambda: bench.windows[-cfg.samples:]}
-    for length in quality.numbers(cfg.block_length, int):
-        for steps in [1] if length == 1 else quality.numbers(cfg.steps, int):
-            name = {0: "window", 1: "single tokens"}.get(length, f"blocks of {length}")
-            settings = replace(bench.settings, block_length=length, steps=steps)
-            draw = partial(quality.draw, bench.model, settings, cfg.samples, cfg.seed, cfg.batch_size)
-            makers[f"{name}, {steps} steps"] = draw
-    for name, twin in bench.twins.items():
-        makers[f"{name} twin"] = partial(quality.draw_twin, twin, cfg.samples, bench.windows.size(1), 64,
-                                         bench.settings.temperature, cfg.seed, cfg.batch_size)
-    rows = []
-    for name, make in makers.items():
-        made = quality.timed({"samples": name}, make)
-        rows.append({"written_from_noise": name, **quality.judge_stories(made, bench),
-                     "repeated": quality.repetition(made)})
-    print(f"\n2. SAMPLES: {cfg.samples} stories each, temperature {bench.settings.temperature:g}.\nsentences, stories: "
-          "shares that the grammar could have written. learnt: share that stands in the training text.\nrepeated: "
-          "share of 4-grams that are repeats in their window. broken first: what goes wrong first, and how often.")
-    quality.show(rows, f"written_from_noise: repeated:.3f {quality.STORY_COLUMNS}")
+    rows, rest = [], (cfg.seed, cfg.batch_size)
+
+    def row(name, make, temperature=1.0):
+        made = quality.timed({"samples": name, "temperature": temperature}, make)
+        rows.append({"written_from_noise": name, "temperature": temperature, "repeated": quality.repetition(made),
+                     **quality.judge_stories(made, bench)})
+    row("the grammar itself", lambda: bench.windows[-cfg.samples:])
+    for temperature in quality.numbers(cfg.temperatures, float):
+        for length in quality.numbers(cfg.block_length, int):
+            for steps in [1] if length == 1 else quality.numbers(cfg.steps, int):
+                name = {0: "window", 1: "single tokens"}.get(length, f"blocks of {length}")
+                settings = replace(bench.settings, block_length=length, steps=steps, temperature=temperature)
+                draw = partial(quality.draw, bench.model, settings, cfg.samples, *rest)
+                row(f"{name}, {steps} step{'s' * (steps > 1)}", draw, temperature)
+        for name, twin in bench.twins.items():
+            make = partial(quality.draw_twin, twin, cfg.samples, bench.windows.size(1), 64, temperature, *rest)
+            row(f"{name} twin", make, temperature)
+    print(f"\n2. SAMPLES: {cfg.samples} stories each.\n{quality.ABOUT_STORIES} repeated: share of 4-grams that are "
+          "repeats in their window.")
+    quality.show(rows, f"written_from_noise: temperature:g repeated:.3f {quality.STORY_COLUMNS}")
     return rows
 
 

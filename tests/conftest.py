@@ -25,8 +25,8 @@ from model import ModelConfig, SunFish      # noqa: E402
 torch.set_num_threads(1)
 
 SIZE = ["--n_layer=2", "--cross_every=2", "--n_head=2", "--n_embd=32", "--token_dim=16", "--block_size=16",
-        "--prompt_size=8", "--batch_size=4", "--batch_tokens=128", "--eval_sequences=8", "--eval_interval=0",
-        "--device=cpu", "--dtype=float32", "--log_interval=1", "--warmup_steps=2"]
+        "--prompt_size=8", "--max_block_length=8", "--batch_size=4", "--batch_tokens=128", "--eval_sequences=8",
+        "--eval_interval=0", "--device=cpu", "--dtype=float32", "--log_interval=1", "--warmup_steps=2"]
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_an_interrupt_saves_and_says_so(command, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     step = len(losses(tmp_path / "run"))
-    assert process.returncode == 130 and f"saved step {step} in" in out and "--resume goes on" in out
+    assert process.returncode == 130 and f"saved step {step} in" in out and "the same command goes on" in out
     assert "Traceback" not in err and checkpoints(tmp_path / "run") == [f"ckpt_{step:08d}.pt"]
 
 
