@@ -271,11 +271,12 @@ def main(cfg):
     answers = content["data"]["kind"] == "instructions" and cfg.mode == "generate"
     begins = content["data"].get("align", 0) > 0                        # its windows began with a document
     eot, prompts = tokenizer.eot_token if answers or begins else None, read_prompts(cfg.prompt)
-    pieces = []
+    pieces, fixed = [], 0                       # fixed: tokens of the text around the blanks
     if cfg.mode == "infill":
         pieces = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
         pieces[0] = [tokenizer.eot_token] * begins + pieces[0]
         idx, known = to_canvas(pieces)
+        fixed = int(known.sum()) - begins
         canvases = [infill_canvas(idx[None], known, int((~known).nonzero()[0]), model.cfg)[1]]
     else:
         ids = [encode_prompt(prompt, tokenizer, answers, begins) for prompt in prompts]
@@ -296,7 +297,7 @@ def main(cfg):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch = Watch(cfg, tokenizer, canvas.known, planned.num_blocks * planned.steps)
             made, shown = write_batch(cfg, model, canvas, pieces, numbers, watch, eot)
-            tokens += sum(map(len, made)) - len(made) * sum(len(piece) for piece in pieces if isinstance(piece, list))
+            tokens += sum(map(len, made)) - len(made) * fixed
             for number, ids in zip(numbers, made, strict=True):
                 print_sample(cfg, prompt, number, tokenizer.decode(ids), answers)
             if cfg.html and first == 0 and canvas is canvases[0]:

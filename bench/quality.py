@@ -40,8 +40,8 @@ from machine import choose_device, keep_memory
 from twins import cross_entropy, evaluate, load_twin
 
 ABOUT_STORIES = ("sentences, stories: shares that the grammar of fables.txt could have written. plots: exp of their "
-                 "entropy, 10 in the\ngrammar. different: share of different stories. learnt: share that stands in the training "
-                 "text. broken first: what\ngoes wrong first, and how often.")
+                 "entropy, 10 in\nthe grammar. different: share of different stories. learnt: share that stands in the "
+                 "training text. broken first:\nwhat goes wrong first, and how often.")
 STORY_COLUMNS = "sentences:.3f stories:.3f stories_error:.3f plots:.1f different:.3f learnt:.3f broken_first:"
 TRAINING_TOKENS = 2_000_000        # of the training split, read for its words and for the floors
 LISTS = {"block_length": (int, 0, 10**6), "strided": (int, 2, 10**6), "steps": (int, 1, 10**6),
