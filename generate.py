@@ -31,7 +31,7 @@ class Sampling:
     sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim over the whole text, known parts held)
     eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 0.7         # of what the context says; below 1 is safer and duller
-    guidance_scale: float = 2.0      # weight of the prompt; 1 is the network's own, 0 ignores it
+    guidance_scale: float = 1.0      # weight of the prompt; 1 is the network's own, above 1 heeds it more, 0 ignores it
 
     def check(self):
         one_of(self, "sampler", "ddim", "ddpm", "constrained_ddim")

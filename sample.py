@@ -25,7 +25,7 @@ from generate import LONGEST, Sampling, generate, infill, infill_canvas, plan, p
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
-MARK = "<|endoftext|>"                            # before a document, as every tokenizer spells it
+MARK = "<|endoftext|>"            # before a document
 PAGE = Path(__file__).with_name("bench") / "page.html"
 CARD = """---
 license: other

@@ -28,8 +28,8 @@ def one_generator(monkeypatch):
 # ---- plans and canvases ----
 
 @pytest.mark.parametrize("settings, objective, num_blocks, steps", [
-    ({}, "ce", 8, 16), (dict(block_length=0), "ce", 1, 50), (dict(block_length=1), "ce", 64, 1),
-    (dict(block_length=1), "eps", 64, 16), (dict(strided=True), "ce", 8, 16), (dict(sampler="ddpm"), "ce", 8, 100),
+    ({}, "ce", 4, 32), (dict(block_length=0), "ce", 1, 50), (dict(block_length=1), "ce", 64, 1),
+    (dict(block_length=1), "eps", 64, 32), (dict(strided=True), "ce", 4, 32), (dict(sampler="ddpm"), "ce", 4, 100),
     (dict(sampler="ddpm", block_length=1), "ce", 64, 100), (dict(steps=3, block_length=1), "ce", 64, 3),
     (dict(steps=7, block_length=0, sampler="ddpm"), "ce", 1, 7)])
 def test_the_default_steps_of_a_block(settings, objective, num_blocks, steps):

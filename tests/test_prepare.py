@@ -448,7 +448,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
     texts = ((str(i),) for i in itertools.count())
-    meta = {"tokenizer": pf.train_tokenizer([], 257), "kind": "text", "train_tokens": 0}
+    meta = {"tokenizer": pf.train_tokenizer([], 257), "source": "text", "kind": "text", "train_tokens": 0}
     rows = pf.encode_all(texts, meta, 2, sys.maxsize)
     assert [len(row.tokens) for row in itertools.islice(rows, 1000)] == [1 + len(str(i)) for i in range(1000)]
     rows.close()
