@@ -69,6 +69,14 @@ def test_every_story_is_right():
         assert verdict == (len(fables.END.split(story)), verdict.sentences, True, ""), story
 
 
+def test_the_plot_of_a_text_is_known_even_if_it_breaks_off():
+    plots = [template.split()[0].strip("{}") for template in fables.TEMPLATES["plot"]]
+    assert plots[fables.plot_of(TALE)] == plots[fables.plot_of(TALE.replace("said Max", "said Tom"))] == "loss"
+    assert plots[fables.plot_of(TALE[:120])] == "loss" and fables.plot_of("Ruth") is None and fables.plot_of("") is None
+    found = {fables.plot_of(story) for story, _ in STORIES[:100]}
+    assert found == set(range(len(plots)))
+
+
 def test_every_alternative_is_used_and_no_rule_has_one_twice():
     text = " ".join(fables.draw(random.Random(seed))[0] for seed in range(6000))
     for name, templates in fables.TEMPLATES.items():
