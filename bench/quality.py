@@ -338,7 +338,7 @@ def mauve(features, reference):
 
 def cut_documents(tokens, tokenizer):
     """The documents in tokens (n,), each without the end-of-text before it."""
-    return [part[1:] for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token))]
+    return [part[1:] for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token)) if len(part) > 1]
 
 
 def stories(idx, tokenizer):

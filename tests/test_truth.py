@@ -78,6 +78,7 @@ def test_the_judge_of_windows_knows_the_grammar_the_training_text_and_nonsense(t
     swapped = torch.where(torch.arange(96) < 30, idx, idx.roll(1, 0))
     row = quality.judge_stories(swapped, bench)
     assert 0.3 < row["sentences"] < 1 and row["stories"] < 0.2 and row["learnt"] < 0.2 and row["broken_first"]
+    assert "" not in bench.stories and 1800 < len(bench.stories) <= 2000
     cut = idx.clone()
     cut[:, 40:] = cut[:, 39:40]                             # no story ends
     assert quality.judge_stories(cut, bench)["stories"] == 0
