@@ -250,6 +250,7 @@ def make_samples(net, cfg, data, tokenizer):
         made, truth = (cut(ids.tolist(), tokenizer.eot_token) for ids in (made, truth))
         parts = (torch.cat((prompt, idx[:n])).tolist(), made, truth)
         begun, made, truth = (" ".join(tokenizer.decode(ids).split()) for ids in parts)
+        begun = begun.removeprefix("<|endoftext|>")
         samples.append((begun or "from nothing", f"{made} (truth: {truth})"))
     return samples
 
