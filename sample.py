@@ -124,8 +124,7 @@ def read_blanks(text, encode):
 
 
 def encode_prompt(prompt, tokenizer, answers, begins):
-    """Token ids of a prompt: as the network read instructions, if it answers; of a document that begins; or of any
-    text."""
+    """Token ids of a prompt: of an instruction, of a document that begins, or of any text."""
     if not prompt.strip():
         return []
     prompt = format_instruction(prompt) if answers else prompt
