@@ -154,7 +154,7 @@ class Verdict(NamedTuple):
     sentences: int                   # in the text
     right: int                       # that are in the language, each by itself
     consistent: bool                 # whether the text as a whole is a story
-    broken: str                      # what goes wrong first: sentence, hero, pronoun, thing, place ..., plot; or ""
+    broken: str                      # what goes wrong first: sentence, name, pronoun, thing, place ..., plot; or ""
 
 
 @functools.lru_cache(100_000)
@@ -176,7 +176,7 @@ def plot_of(text):
 
 
 def judge(text):
-    """The Verdict on a text. It is exact: the rules that draw the stories decide."""
+    """The Verdict on a text. It is exact, for the rules that draw the stories decide."""
     sentences = END.split(text)
     right = [is_sentence(sentence) for sentence in sentences]
     found = parse(text)

@@ -36,7 +36,7 @@ class Config(quality.Config):
     temperatures: str = "0.7,1"      # of what the context says, a row each
     steps: str = "16,64"             # denoising steps of a block, a row each; a single token has one
     guidance: str = "1,2"            # weights of the prompt, a row each
-    pairs: int = 0                   # not used
+    pairs: int = 0                   # prompts and blanks of quality.py: none
     blank: int = 8                   # tokens blanked in the middle of a story
 
 
