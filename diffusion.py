@@ -71,8 +71,10 @@ def from_betas(betas):
 # ---- noise ----
 
 def per_token(values, x):
-    """values (), (B,) or (B, T), shaped to multiply x (B, T, C), in its dtype and on its device."""
-    values = torch.as_tensor(values)
+    """values (), (B,) or (B, T), shaped to multiply x (B, T, C), in its dtype and on its device; one alone stays where it
+    is, as torch then multiplies by a number."""
+    if values.ndim == 0:
+        return values
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).to(x.device, x.dtype)
 
 

@@ -16,7 +16,8 @@ import diffusion
 from configurator import UserError, in_range, one_of
 from data import Texts
 from diffusion import LATER, sample_constrained_ddim, sample_ddim, sample_ddpm
-from model import MAX_SCORES, Layout, LayerCache, neighbours
+from machine import Replay
+from model import Layout, LayerCache, max_scores, neighbours
 
 BLOCK_STEPS, WINDOW_STEPS = 32, 50      # denoising steps of a block, and of a whole window
 LONGEST = 12                            # tokens that a blank of open length is tried with, from 1 on
@@ -80,12 +81,14 @@ class Decoder:
     def __init__(self, model, canvas, cfg, order, rng, watch):
         self.model, self.cfg = model, cfg
         self.rng, self.watch = rng, watch
-        self.alpha_bar, self.vectors = model.alpha_bar(), model.embedding()
+        self.alpha_bar, self.vectors = model.alpha_bar().cpu(), model.embedding()
+        levels = diffusion.log_snr(torch.arange(len(self.alpha_bar)), self.alpha_bar)
+        self.log_snr = levels.to(order.device)                             # (timesteps + 1,)
         self.E = self.vectors.to(model.dtype)                              # of the products
         self.tokens = canvas.idx.expand(len(rng), -1).clone()
         self.new = canvas.known.nonzero().flatten()                        # clean tokens that are not in the cache yet
-        self.cached = self.new[:0]                                         # those that are, as they came
         self.cache = [LayerCache(len(order)) for _ in model.layers]
+        self.predict = Replay(self.predict_once, order.device)
         start = canvas.known.cummin(0).values & ~canvas.known.all()        # given, with nothing to write before it
         prompt = canvas.prompt.expand(len(rng), -1)
         self.rows = 2 if cfg.guidance_scale != 1 and (prompt.numel() or start.any()) else 1
@@ -96,17 +99,19 @@ class Decoder:
         self.order = orders.repeat_interleave(len(rng), 0)                 # (rows * B, T)
         self.near = neighbours(self.order) <= self.order[..., None]
 
-    def hidden(self, x_t, log_snr, guess, pos):
-        """Hidden states (B, n, n_embd) of noisy tokens x_t (B, n, C) at pos (n,); new clean tokens go into the
-        cache."""
-        clean, here = self.tokens[:, self.new], torch.cat((self.new, pos))
-        seen = torch.cat((self.cached, here))
-        mask = self.order[:, None, seen] <= self.order[:, here, None]      # noisy tokens are of a later block
-        layout = Layout(len(self.new), here, mask[:, None], self.near[:, here], None)
+    def hidden(self, clean, here, x_t, log_snr, guess):
+        """Hidden states (B, n, n_embd) of noisy tokens x_t (B, n, C) at the last n of the positions here (m + n,); the
+        first m are of clean tokens (B, m), which go into the cache."""
+        mask = self.order[:, None, None] <= self.order[:, None, here, None]    # noisy tokens are of a later block
+        layout = Layout(clean.size(1), here, mask, None, self.near[:, here], None)
         x = self.model.join(self.E[clean], x_t, log_snr, self.E, guess).repeat(self.rows, 1, 1)
         h = self.model(x, log_snr.repeat(self.rows, 1), layout, self.prompt, self.cache)
-        self.cached, self.new = seen[:len(seen) - len(pos)], self.new[:0]
         return h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
+
+    def predict_once(self, clean, here, x_t, log_snr, guess):
+        """(x_0_hat, logits) of these tokens."""
+        h = self.hidden(clean, here, x_t, log_snr, guess)
+        return self.model.predict(h, x_t, log_snr, self.E, self.cfg.temperature)
 
     def write_block(self, pos, steps):
         """Denoise the tokens at pos (n,) in place. The last step draws them, the others look at the best ones."""
@@ -114,9 +119,9 @@ class Decoder:
 
         def denoise(x_t, t):
             nonlocal guess, calls
-            level = diffusion.log_snr(t, self.alpha_bar)[:, None].expand(x_t.shape[:2])
-            h = self.hidden(x_t, level, guess, pos)
-            guess, logits = self.model.predict(h, x_t, level, self.E, self.cfg.temperature)
+            level, here = self.log_snr[t][:, None].expand(x_t.shape[:2]), torch.cat((self.new, pos))
+            guess, logits = self.predict(self.tokens[:, self.new], here, x_t, level, guess)
+            self.new = self.new[:0]
             calls += 1
             eta = self.cfg.eta if calls == steps else 0
             self.tokens[:, pos] = diffusion.draw_tokens(logits, eta, self.rng)
@@ -150,14 +155,14 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
     logits) sees the text after each step. With `eot`, writing ends once each text has got this token.
     """
     device = model.wte.device
-    canvas = Canvas(*(part.to(device) for part in canvas))
     order, _, steps = plan(cfg, model.cfg, canvas.known)
+    blocks = [(order == block).nonzero().flatten() for block in order[~canvas.known].unique()]
+    canvas = Canvas(*(part.to(device) for part in canvas))
     ended = torch.zeros(len(rng), dtype=torch.bool, device=device)
     with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
-        decoder = Decoder(model, canvas, cfg, order, rng, watch)
-        for block in order[~canvas.known].unique().tolist():
-            pos = (order == block).nonzero().flatten()
-            decoder.write_block(pos, steps)
+        decoder = Decoder(model, canvas, cfg, order.to(device), rng, watch)
+        for pos in blocks:
+            decoder.write_block(pos.to(device), steps)
             if eot is not None and not cfg.strided:                     # whose blocks leave gaps before the end
                 ended |= (decoder.tokens[:, pos[pos > 0]] == eot).any(1)    # the first token may open the text
                 if ended.all():
@@ -313,7 +318,7 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     idx, mask = texts.idx, texts.loss_mask
     alpha_bar = diffusion.subsample(model.alpha_bar(), steps)
     t = diffusion.stratified(len(idx), steps, scorer.order.cpu(), diffusion.generator("cpu", "bound"))
-    most = max(1, MAX_SCORES // (idx.size(1) * len(model.wte)))
+    most = max(1, max_scores(idx.device) // (idx.size(1) * len(model.wte)))
     draws = []
     for rows in torch.arange(len(idx)).split(min(batch_size, most)):
         rng = [diffusion.generator(idx.device, "bound", i) for i in rows.tolist()]

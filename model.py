@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import diffusion
 from configurator import UserError, in_range, one_of
@@ -26,7 +27,7 @@ GAIN = 4                      # scale of the head's input, acts as its learning 
 GPT2_DIM = 768                # width of GPT-2's token vectors
 KERNEL = 7                    # tokens that the convolution mixes, three on either side
 HALF = KERNEL // 2
-MAX_SCORES = 2 ** 25          # scores over the vocabulary that stand in memory at once: 134 MB in float32
+FLEX = 128                    # queries and keys that flex_attention takes at a time
 NEG = -1e9                    # score of a masked token or a padding id; finite, so that guidance cannot make it nan
 
 
@@ -67,10 +68,12 @@ class ModelConfig:
 # ---- who sees whom ----
 
 class Layout(NamedTuple):
-    """Where the N tokens of a sequence stand in the text, and whom they see."""
+    """Where the N tokens of a sequence stand in the text, and whom they see. A mask is (B, 1, tokens, keys), True where
+    attention sees a key, or a BlockMask; None is all."""
     num_clean: int                 # the first of the N tokens are clean, the others noisy
     pos: torch.Tensor              # (N,) int64 positions
-    mask: torch.Tensor | None      # (B, 1, N, M) True where attention sees one of M keys; None: all
+    mask: object                   # of all tokens; in training of the noisy ones, with clean and then noisy keys
+    clean_mask: object             # in training: of the clean tokens, with clean keys
     near: torch.Tensor | None      # (B, n, KERNEL) True where the convolution sees a neighbour; None: all
     own: torch.Tensor | None       # (B, T, KERNEL), in training: True where a noisy token reads its noisy neighbour
 
@@ -78,16 +81,40 @@ class Layout(NamedTuple):
 class Prompt(NamedTuple):
     """What cross-attention sees: a null token, then the prompt's tokens."""
     context: torch.Tensor          # (B, 1 + P, n_embd)
-    pos: torch.Tensor              # (1 + P,) positions: 0, then -P .. -1
+    rope: tuple                    # `rotary` of positions 0, then -P .. -1
     mask: torch.Tensor             # (B, 1, 1, 1 + P) True where visible
 
 
-def training_mask(order):
-    """Whom T clean and then T noisy tokens see, given the order (B, T) of their blocks: (B, 1, 2T, 2T)."""
-    own, other = order[:, :, None], order[:, None]
-    clean = torch.cat((other <= own, torch.zeros_like(other <= own)), -1)
-    noisy = torch.cat((other < own, other == own), -1)
-    return torch.cat((clean, noisy), 1)[:, None]
+def training_masks(order):
+    """Given the order (B, T) of blocks, whom T clean tokens see of the clean ones (B, 1, T, T), and T noisy tokens of
+    clean and then noisy ones (B, 1, T, 2T)."""
+    own, other = order[:, None, :, None], order[:, None, None]
+    return other <= own, torch.cat((other < own, other == own), -1)
+
+
+def flex_masks(order):
+    """`training_masks` for flex_attention, which skips tiles of FLEX x FLEX where nothing is seen: the lowest and the
+    highest order of a tile's queries and keys tell."""
+    def clean(b, h, q, k):
+        return order[b, k] <= order[b, q]
+
+    def noisy(b, h, q, k):
+        own, other = order[b, q], order[b, k % order.size(1)]
+        return torch.where(k < order.size(1), other < own, other == own)
+    tiles = order.unflatten(1, (-1, FLEX))
+    q_low, q_high = tiles.amin(-1)[:, None, :, None], tiles.amax(-1)[:, None, :, None]
+    k_low, k_high = q_low.mT, q_high.mT
+    some = torch.cat((k_low < q_high, (k_low <= q_high) & (k_high >= q_low)), -1)      # (B, 1, T / FLEX, 2 T / FLEX)
+    every = torch.cat((k_high < q_low, (k_low >= q_high) & (k_high <= q_low)), -1)
+    return tiled(clean, k_low <= q_high, k_high <= q_low), tiled(noisy, some, every)
+
+
+def tiled(mask_mod, some, every):
+    """The BlockMask of a mask_mod, in whose tiles of queries x keys (B, 1, n, m) some or every pair is seen; `some` may
+    be true of too many."""
+    def listed(tiles):                                                     # how many, and their numbers before the rest
+        return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(-1, descending=True, stable=True).int()
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=FLEX, mask_mod=mask_mod)
 
 
 def neighbours(order):
@@ -95,36 +122,32 @@ def neighbours(order):
     return F.pad(order, (HALF, HALF), value=2 * LATER).unfold(1, KERNEL, 1)
 
 
-def training_layout(order, T):
+def training_layout(order, T, device, flex=False):
     """The Layout of T clean and T noisy tokens, or, with order None, of one block of T noisy ones."""
+    pos = torch.arange(T, device=device)
     if order is None:
-        return Layout(0, torch.arange(T), None, None, None)
+        return Layout(0, pos, None, None, None, None)
     around, own = neighbours(order), order[..., None]
-    pos = torch.arange(T, device=order.device).repeat(2)
-    return Layout(T, pos, training_mask(order), around <= own, around == own)
+    clean_mask, mask = (flex_masks if flex else training_masks)(order)
+    return Layout(T, pos.repeat(2), mask, clean_mask, around <= own, around == own)
 
 
 class LayerCache:
-    """What a layer keeps of the clean tokens of a text of `size` tokens, and of the prompt: keys and values, and the
-    convolution's input. Noisy tokens are written behind the clean ones, do not count, and are overwritten by the next
-    pass."""
+    """What a layer keeps of a text of `size` tokens, by position: keys and values, and the convolution's input; and
+    keys and values of the prompt. A noisy token stands in its own place, until the next pass overwrites it."""
 
     def __init__(self, size):
-        self.size, self.length = size, 0
+        self.size = size
         self.k = self.v = self.local = self.prompt = None
 
-    def append(self, k, v, num_clean):
-        """Keys and values (B, H, length + N, D) of the tokens so far and N new ones, of which num_clean are kept."""
+    def write(self, k, v, pos):
+        """All keys and values (B, H, size, D), with those of N tokens (B, H, N, D) put in."""
         if self.k is None:
             B, H, _, D = k.shape
             self.k, self.v = (x.new_zeros(B, H, self.size, D) for x in (k, v))
-        end = self.length + k.size(2)
-        self.k[:, :, self.length:end] = k
-        self.v[:, :, self.length:end] = v
-        self.length += num_clean
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.k.index_copy_(2, pos, k), self.v.index_copy_(2, pos, v)
 
-    def write(self, local, pos):
+    def write_local(self, local, pos):
         """The convolution's input by position (B, HALF + size + HALF, n_embd), with N tokens (B, N, n_embd) put in."""
         if self.local is None:
             self.local = local.new_zeros(len(local), self.size + 2 * HALF, local.size(-1))
@@ -137,24 +160,32 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x, pos):
-    """Rotary positions (Su et al. 2021): x (B, H, N, D) turned by its positions (N,)."""
-    half = x.size(-1) // 2
-    freq = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angle = pos[:, None] * freq                                            # (N, D / 2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+def rotary(pos, dim):
+    """Cosines and sines (N, dim / 2) of rotary positions pos (N,) (Su et al. 2021)."""
+    half = dim // 2
+    angle = pos[:, None] * 10000.0 ** (-torch.arange(half, device=pos.device) / half)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """x (B, H, N, D) turned by its positions."""
+    cos, sin = (part.to(x.dtype) for part in rope)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def additive(mask, dtype):
-    """A mask as what is added to the scores: 0 where True, NEG where False; None stays None."""
-    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, NEG)
+    """A mask as what is added to the scores: 0 where True, NEG where False; None and a BlockMask stay."""
+    if not torch.is_tensor(mask):
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, NEG)
 
 
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D) + mask) v of (B, H, N, D). On a CPU torch's kernel for bfloat16 takes two to four times
     as long as plain products (bench/LOG.md)."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
     if v.device.type != "cpu" or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
@@ -174,19 +205,19 @@ class Attention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)          # (B, H, N, D)
 
-    def keys_values(self, context, pos):
+    def keys_values(self, context, rope):
         k, v = map(self.heads, self.kv(context).chunk(2, -1))
-        return rotate(norm(k), pos).to(v.dtype), v
+        return rotate(norm(k), rope).to(v.dtype), v
 
-    def forward(self, x, pos, k, v, mask=None, num_clean=0):
-        """(B, N, n_embd). The first num_clean queries see no keys but the first num_clean: the scores that the mask
-        would hide are not computed."""
-        q, m = rotate(norm(self.heads(self.q(x))), pos).to(v.dtype), num_clean
-        if m == 0:
+    def forward(self, x, rope, k, v, mask, clean_mask=None):
+        """(B, N, n_embd). With a clean_mask the first half of the queries see the first half of the keys, and mask is
+        of the others."""
+        q = rotate(norm(self.heads(self.q(x))), rope).to(v.dtype)
+        if clean_mask is None:
             y = attention(q, k, v, mask)
         else:
-            clean = attention(q[:, :, :m], k[:, :, :m], v[:, :, :m], mask[:, :, :m, :m])
-            y = torch.cat((clean, attention(q[:, :, m:], k, v, mask[:, :, m:])), 2)
+            (q, noisy), k_clean, v_clean = q.chunk(2, 2), k.chunk(2, 2)[0], v.chunk(2, 2)[0]
+            y = torch.cat((attention(q, k_clean, v_clean, clean_mask), attention(noisy, k, v, mask)), 2)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -209,7 +240,7 @@ class Layer(nn.Module):
         """A depthwise convolution of each token's neighbours in the text that it may see: (B, N, n_embd)."""
         whole = layout.num_clean == 0 and (cache is None or x.size(1) == cache.size)       # in order
         if cache is not None and not whole:
-            by_position = cache.write(x, layout.pos)
+            by_position = cache.write_local(x, layout.pos)
             return self.weigh([by_position[:, layout.pos + i] for i in range(KERNEL)], layout.near)
         T = len(x[0]) - layout.num_clean
         padded = F.pad(x[:, layout.num_clean:], (0, 0, HALF, HALF))
@@ -229,33 +260,32 @@ class Layer(nn.Module):
             total = torch.addcmul(total, part, weight)
         return total
 
-    def forward(self, x, modulation, layout, prompt, cache, is_last):
+    def forward(self, x, modulation, layout, rope, prompt, cache, is_last):
         """x (B, N, n_embd) -> (B, N, n_embd); of the last layer (B, n, n_embd), its noisy tokens only."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.offset).chunk(6, -1)
-        pos, mask = layout.pos, layout.mask
-        m = layout.num_clean
+        m, mask, clean_mask = layout.num_clean, layout.mask, layout.clean_mask
         x = x + self.conv(norm(x), layout, cache)
         y = torch.addcmul(shift1, norm(x), 1 + scale1)
-        k, v = self.attn.keys_values(y, pos)
+        k, v = self.attn.keys_values(y, rope)
         if cache is not None:
-            k, v = cache.append(k, v, m)
+            k, v = cache.write(k, v, layout.pos)
         if is_last and m:                                                  # nobody reads its clean tokens
             x, y, gate1, scale2, shift2, gate2 = (part[:, m:] for part in (x, y, gate1, scale2, shift2, gate2))
-            pos, mask = pos[m:], mask[:, :, m:]
-            m = 0
-        x = torch.addcmul(x, gate1, self.attn(y, pos, k, v, mask, m if cache is None else 0))
+            rope, clean_mask = tuple(part[m:] for part in rope), None
+            mask = mask if cache is None else mask[:, :, m:]
+        x = torch.addcmul(x, gate1, self.attn(y, rope, k, v, mask, clean_mask))
         if self.cross is not None:
             k, v = self.prompt_keys(prompt, cache)
-            x = torch.addcmul(x, self.cross_gate, self.cross(norm(x), pos, k, v, prompt.mask))
+            x = torch.addcmul(x, self.cross_gate, self.cross(norm(x), rope, k, v, prompt.mask))
         y = torch.addcmul(shift2, norm(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(y))))
 
     def prompt_keys(self, prompt, cache):
         """Keys and values of the prompt, computed once for a text."""
         if cache is None:
-            return self.cross.keys_values(prompt.context, prompt.pos)
+            return self.cross.keys_values(prompt.context, prompt.rope)
         if cache.prompt is None:
-            cache.prompt = self.cross.keys_values(prompt.context, prompt.pos)
+            cache.prompt = self.cross.keys_values(prompt.context, prompt.rope)
         return cache.prompt
 
 
@@ -270,9 +300,10 @@ class SunFish(nn.Module):
         super().__init__()
         C, d = cfg.token_dim, cfg.n_embd
         V = -(-vocab_size // 64) * 64
-        self.cfg, self.vocab_size = cfg, vocab_size
+        self.cfg, self.vocab_size, self.head_dim = cfg, vocab_size, d // cfg.n_head
         self.dtype = torch.float32                                         # of the products, in generation
         self.cross_entropy = cross_entropy                                 # may be compiled
+        self.flex = False                                                  # attention by compiled flex_attention
         self.wte = nn.Parameter(torch.randn(V, C))
         self.register_buffer("log_unigram", torch.full((V,), NEG))
         self.log_unigram[:vocab_size] = -math.log(vocab_size) if log_unigram is None else log_unigram
@@ -356,14 +387,16 @@ class SunFish(nn.Module):
         vectors = E[prompt] if self.prompt_table is None else self.prompt_table[prompt].to(E.dtype)
         context = torch.cat((self.null_token.expand(len(prompt), -1, -1), self.prompt_proj(vectors)), 1)
         pos = torch.arange(-prompt.size(1), 1, device=prompt.device).roll(1)
-        return Prompt(context, pos, F.pad(visible, (1, 0), value=True)[:, None, None])
+        return Prompt(context, rotary(pos, self.head_dim), F.pad(visible, (1, 0), value=True)[:, None, None])
 
     def forward(self, x, log_snr, layout, prompt, cache=None):
         """x (B, m + n, 2C) as `join` makes it, at noise levels log_snr (B, n), -> hidden states (B, n, n_embd). The
         clean tokens are added to the cache, a list of LayerCaches, if there is one."""
         x = self.in_proj(x)
         near = None if layout.near is None else layout.near.float()
-        layout = layout._replace(mask=additive(layout.mask, x.dtype), pos=layout.pos.to(x.device), near=near)
+        layout = layout._replace(near=near, mask=additive(layout.mask, x.dtype),
+                                 clean_mask=additive(layout.clean_mask, x.dtype))
+        rope = rotary(layout.pos, self.head_dim)
         prompt, x = prompt._replace(mask=additive(prompt.mask, x.dtype)), x.float()
         modulation = self.modulation(log_snr).to(x.dtype)                              # (B, n, 6 n_embd)
         if layout.num_clean:
@@ -371,7 +404,7 @@ class SunFish(nn.Module):
             modulation = torch.cat((clean.expand(len(x), layout.num_clean, -1), modulation), 1)
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
-            x = layer(x, modulation, layout, prompt, cache and cache[i], is_last)
+            x = layer(x, modulation, layout, rope, prompt, cache and cache[i], is_last)
         return norm(x)
 
     def join(self, x_0, x_t, log_snr, E, guess=None):
@@ -386,7 +419,7 @@ class SunFish(nn.Module):
         the order (B, T), or all at once with order None."""
         x_0 = x_0[:, :0] if order is None else x_0
         x = self.join(x_0, x_t, log_snr, E, guess)
-        return self(x, log_snr, training_layout(order, x_t.size(1)), prompt)
+        return self(x, log_snr, training_layout(order, x_t.size(1), x.device, self.flex), prompt)
 
     # ---- what follows from a hidden state ----
 
@@ -429,9 +462,15 @@ class SunFish(nn.Module):
 
 # ---- scores over the vocabulary, never all in memory ----
 
+def max_scores(device):
+    """Scores over the vocabulary that stand in memory at once: 134 MB in float32 on a CPU, 1 GB elsewhere."""
+    return 2 ** 25 if device.type == "cpu" else 2 ** 28
+
+
 def chunks(width, *inputs):
-    """Inputs (M, ...) in 1, 2, 4 ... equal parts, such that `width` scores a row are at most MAX_SCORES a part."""
-    parts = 1 << (max(1, math.ceil(len(inputs[0]) * width / MAX_SCORES)) - 1).bit_length()
+    """Inputs (M, ...) in 1, 2, 4 ... equal parts, such that `width` scores a row are at most max_scores a part."""
+    most = max_scores(inputs[0].device)
+    parts = 1 << (max(1, math.ceil(len(inputs[0]) * width / most)) - 1).bit_length()
     size = math.ceil(len(inputs[0]) / parts) or 1
     return zip(*(x.split(size) for x in inputs), strict=True)
 

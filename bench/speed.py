@@ -36,7 +36,7 @@ from configurator import Fault, UserError, in_range, load, run
 from data import Texts
 from generate import Canvas, Sampling, generate, generators, plan
 from machine import choose_machine, keep_memory
-from model import MAX_SCORES, SunFish
+from model import SunFish, max_scores
 
 PARTS = ("train", "origin", "profile", "sample", "start")
 KINDS = {"matrix products": r"mm\b|linear|convolution|matmul", "attention": "attention",
@@ -159,7 +159,7 @@ def rate(shape, vocab_size, device, dtype, repeats=2, warmup=1):
     """FLOP/s of the products of one forward pass over a batch: layers, and scores in chunks as the model has them."""
     d, L = shape.n_embd, shape.n_layer
     M, V = shape.batch_size * shape.block_size, -(-vocab_size // 64) * 64
-    rows = min(M, max(1, MAX_SCORES // V))
+    rows = min(M, max(1, max_scores(device) // V))
     products = [(M, d, d, 2 * L), (M, d, 2 * d, L), (M, d, 4 * d, L), (M, 4 * d, d, L),
                 (rows, shape.token_dim, V, M / rows), (rows, d + shape.token_dim, V, M / rows)]
     total = took = 0.0

@@ -59,9 +59,9 @@ class Twin(nn.Module):
         """Whom T tokens see: those before, and themselves, or all."""
         pos = torch.arange(T, device=self.blank.device)
         if self.kind == "masked":
-            return Layout(0, pos, None, None, None)
+            return Layout(0, pos, None, None, None, None)
         past, near = pos <= pos[:, None], neighbours(pos[None]) <= pos[None, :, None]
-        return Layout(0, pos, past[None, None], near, None)
+        return Layout(0, pos, past[None, None], None, near, None)
 
     def hidden(self, idx, blank):
         """Hidden states (B, T, n_embd) of the tokens idx (B, T). Those where blank (B, T) are hidden from the

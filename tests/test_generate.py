@@ -142,8 +142,10 @@ ANY = torch.tensor([0, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0, 1]) > 0
 GIVEN = {"none": ANY & False, "prefix": torch.arange(12) < 5, "blanks": ANY, "both": ANY | (torch.arange(12) < 2)}
 
 
-def read_anew(net, decoder, canvas, order, visible, x_t, log_snr, guess, pos):
-    """Hidden states of the noisy tokens at pos by `denoise`, the training forward, beside the text as it is now."""
+def read_anew(net, decoder, canvas, order, visible, clean, here, x_t, log_snr, guess):
+    """Hidden states of the noisy tokens here, behind the clean ones, by `denoise`, the training forward, beside the text as it is now."""
+    pos = here[clean.size(1):]
+
     def put(x, width):
         return None if x is None else torch.full((2, 12, *width), 7.0).index_copy(1, pos, x)
     E, visible = net.embedding(), torch.full(canvas.prompt.shape, visible)
@@ -267,7 +269,7 @@ def test_the_size_of_a_batch_changes_nothing_about_the_bound(small, monkeypatch)
     texts = texts_of(torch.randint(50, (20, 12)), torch.arange(12) < torch.randint(3, 13, (20, 1)), P=4)
     want = bound(small, texts, 20, 4, steps=5)
     assert bound(small, texts, 3, 4, steps=5) == pytest.approx(want, abs=1e-5)
-    monkeypatch.setattr(g, "MAX_SCORES", 2 * 12 * 64)
+    monkeypatch.setattr(g, "max_scores", lambda device: 2 * 12 * 64)
     assert bound(small, texts, 20, 4, steps=5) == pytest.approx(want, abs=1e-5)
 
 

@@ -91,15 +91,13 @@ def test_prompts_hold_nothing_of_the_text(double, tmp_path, kind):
             assert not set(prompt[visible].tolist()) & set(idx.tolist())
 
 
-def leaky_mask(order):
-    own, other = order[:, :, None], order[:, None]
-    clean = torch.cat((other <= own, torch.zeros_like(other <= own)), -1)
-    noisy = torch.cat((other <= own, other == own), -1)                     # in training_mask other < own
-    return torch.cat((clean, noisy), 1)[:, None]
+def leaky_masks(order):
+    own, other = order[:, None, :, None], order[:, None, None]
+    return other <= own, torch.cat((other <= own, other == own), -1)        # in training_masks other < own
 
 
-def leaky_layout(order, T, layout=model.training_layout):
-    made = layout(order, T)
+def leaky_layout(*order, layout=model.training_layout):
+    made = layout(*order)
     return made._replace(near=torch.ones_like(made.near))                   # in training_layout around <= own
 
 
@@ -108,7 +106,7 @@ def leaky_guess(self, x_0, *inputs):
 
 
 @pytest.mark.parametrize("owner, name, leaky", [
-    (model, "training_mask", leaky_mask), (model, "training_layout", leaky_layout),
+    (model, "training_masks", leaky_masks), (model, "training_layout", leaky_layout),
     (train.DiffusionLoss, "first_guess", leaky_guess)])
 @pytest.mark.parametrize("kind", ["single", "blocks", "strided", "given", "examples"])
 def test_a_leak_would_be_noticed(double, tmp_path, monkeypatch, owner, name, leaky, kind):

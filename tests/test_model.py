@@ -166,7 +166,7 @@ def test_vectors_over_the_vocabulary_are_the_same_in_chunks(small, monkeypatch):
     E, level = small.embedding(), torch.full((2, 12), -2.0)
     h, x_t = torch.randn(2, 12, 32), torch.randn(2, 12, 16)
     mean, guess = small.posterior_mean(x_t, level, E), small.first_guess(h, x_t, level, E)
-    monkeypatch.setattr(m, "MAX_SCORES", 3 * 64)
+    monkeypatch.setattr(m, "max_scores", lambda device: 3 * 64)
     assert torch.allclose(small.posterior_mean(x_t, level, E), mean, atol=1e-5)
     assert torch.allclose(small.first_guess(h, x_t, level, E), guess, atol=1e-5)
     assert torch.allclose(guess, small.predict(h, x_t, level, E)[0], atol=1e-5) and not guess.requires_grad
@@ -183,7 +183,7 @@ def plain_loss(net, h, x_t, log_snr, idx, loss_mask):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("most", [2 ** 25, 5 * 64])
 def test_loss_and_gradients_are_those_of_autograd_in_double_precision(small, monkeypatch, most, dtype, tolerance):
-    monkeypatch.setattr(m, "MAX_SCORES", most)
+    monkeypatch.setattr(m, "max_scores", lambda device: most)
     torch.manual_seed(1)
     h, x_t = torch.randn(3, 12, 32, requires_grad=True), torch.randn(3, 12, 16)
     log_snr, idx = torch.linspace(-8, 1, 36).view(3, 12), torch.randint(50, (3, 12))

@@ -51,7 +51,7 @@ def probabilities(model):
     x_t = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", model.dtype, enabled=model.dtype != torch.float32):
         decoder = Decoder(model, canvas, Sampling(), order, generators("cpu", 1, [0, 1]), None)
-        h = decoder.hidden(x_t, level, None, torch.arange(4, 8))
+        h = decoder.hidden(canvas.idx[:4].repeat(2, 1), torch.arange(8), x_t, level, None)
         return model.predict(h, x_t, level, decoder.E)[1].softmax(-1)
 
 

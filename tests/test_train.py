@@ -199,7 +199,7 @@ def test_scores_in_chunks_never_stand_in_memory_as_a_whole(windows, monkeypatch)
     """With a first guess too; and they give the loss and gradients of scores as a whole."""
     cfg, found = config("--batch_size=8", "--self_conditioning=1", "--p_window=0.6", "--n_embd=16"), []
     for most in (10 ** 9, 320 * 7):
-        monkeypatch.setattr(model, "MAX_SCORES", most)
+        monkeypatch.setattr(model, "max_scores", lambda device, most=most: most)
         with Largest() as seen:
             found.append((*step(cfg, windows), seen.nbytes))
     (loss, norm, grads, whole), (*others, chunked) = found
@@ -212,7 +212,7 @@ def test_gradients_made_with_the_scores_are_those_of_autograd(windows, monkeypat
     cfg, found = config(), []
     batch = make_batch(cfg, windows, 5, range(8), "cpu")
     batch = batch._replace(loss_mask=torch.arange(16).expand(8, -1) % 3 > 0, guess=False)
-    monkeypatch.setattr(model, "MAX_SCORES", 320 * 20)                          # eight chunks
+    monkeypatch.setattr(model, "max_scores", lambda device: 320 * 20)                          # eight chunks
 
     def plain(self, h, x_t, log_snr, idx, loss_mask, E):
         log_p = self.logits(h, x_t, log_snr, E).log_softmax(-1)
