@@ -109,6 +109,7 @@ def check_resumable(cfg, data, content):
     fixed = network | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}
     old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
     changed = [name for name in old if name != "resume" and old[name] != getattr(cfg, name)]
+    changed = [name for name in changed if name != "batch_size" or cfg.batch_size]     # 0 is what fits
     wrong = [f"{name}={getattr(cfg, name)} is {old[name]}" for name in changed if name in fixed]
     if wrong:
         raise UserError(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another "

@@ -308,6 +308,7 @@ class Batch(NamedTuple):
     prompt_mask: torch.Tensor      # (B, P) True where the network may see them
     loss_mask: torch.Tensor        # (B, T) True where a token has a loss
     guess: bool                    # whether the network first makes a guess of x_0 and reads it (self-conditioning)
+    step_tokens: int               # tokens with a loss in the whole optimizer step, of all processes
 
 
 def scramble(x):
@@ -417,7 +418,10 @@ def step_batches(cfg, data, step, micro_batches, device):
         order = None
     eps = torch.randn(*texts.idx.shape, cfg.token_dim, generator=rng("noise", device), device=device)
     guess = diffusion.hash64(cfg.seed, step, "guess") < cfg.self_conditioning * 2 ** 64
-    whole = Batch(texts.idx, order, t, eps, texts.prompt, prompt_mask, texts.loss_mask, guess)
+    whole = Batch(texts.idx, order, t, eps, texts.prompt, prompt_mask, texts.loss_mask, guess,
+                  int(texts.loss_mask.sum()))
+    if torch.device(device).type == "cuda":                 # pinned memory is copied while the device computes
+        whole = Batch(*(x.pin_memory() if torch.is_tensor(x) and not x.is_cuda else x for x in whole))
     for numbers in micro_batches:
         rows = slice(numbers[0], numbers[-1] + 1)           # a view: nothing is copied on the same device
         yield Batch(*(x[rows].to(device, non_blocking=True) if torch.is_tensor(x) else x for x in whole))

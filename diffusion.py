@@ -71,23 +71,23 @@ def from_betas(betas):
 # ---- noise ----
 
 def per_token(values, x):
-    """values (), (B,) or (B, T), shaped to multiply x (B, T, C), in its dtype and on its device; one alone stays where it
-    is, as torch then multiplies by a number."""
+    """values (), (B,) or (B, T), shaped to multiply x (B, T, C), in its dtype and on its device; a single one is a
+    number wherever it is."""
     if values.ndim == 0:
         return values
-    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).to(x.device, x.dtype)
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).to(x.dtype).to(x.device)
 
 
 def add_noise(x_0, t, alpha_bar, eps):
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4); t is (B,) or (B, T)."""
-    a = alpha_bar.to(t.device)[t]
+    a = alpha_bar[t.to(alpha_bar.device)]
     return per_token(a.sqrt(), x_0) * x_0 + per_token((1 - a).sqrt(), x_0) * eps
 
 
 def log_snr(t, alpha_bar):
     """log(alpha_bar_t / (1 - alpha_bar_t)) in float32, of the shape of t; infinite at t = 0."""
-    a = alpha_bar.to(t.device)[t]
-    return (torch.log(a) - torch.log1p(-a)).float()
+    a = alpha_bar[t.to(alpha_bar.device)]
+    return (torch.log(a) - torch.log1p(-a)).float().to(t.device)
 
 
 def hash64(*keys):
@@ -214,8 +214,8 @@ def stratified(n, timesteps, order, rng=None):
 
 
 def likelihood_bound(predict, E, idx, alpha_bar, t, rng=None):
-    """One draw of the bound for each token of idx (B, T) at indices t (B, T) in 2 .. timesteps: a Bound of (B, T). With
-    a single timestep there is no diffusion part, and t is not read.
+    """One draw of the bound for each token of idx (B, T) at indices t (B, T) in 2 .. timesteps: a Bound of (B, T), on
+    the CPU. With a single timestep there is no diffusion part, and t is not read.
 
     `predict` is a callable (x_t, log_snr (B, T)) -> (x_0_hat (B, T, C), logits (B, T, V)), which may show each token
     those of earlier blocks (the chain rule). Unbiased for uniform t that is equal within a block. The diffusion part is
@@ -228,15 +228,16 @@ def likelihood_bound(predict, E, idx, alpha_bar, t, rng=None):
         return predict(x_t, log_snr(t, alpha_bar))
 
     _, logits = noised(torch.ones_like(idx))
-    reconstruction = F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none").view_as(idx).double()
+    reconstruction = F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none").view_as(idx)
+    reconstruction = reconstruction.cpu().double()
     diffusion = torch.zeros_like(reconstruction)
-    if len(alpha_bar) > 2:
-        t = t.to(idx.device)
-        x_0_hat, _ = noised(t)
-        snr = (alpha_bar / (1 - alpha_bar)).to(idx.device)
-        error = (x_0 - x_0_hat).double().square().sum(-1)                              # (B, T)
-        diffusion = (len(alpha_bar) - 2) / 2 * (snr[t - 1] - snr[t]) * error
-    a = alpha_bar[-1]
-    squared_norm = x_0.double().square().sum(-1)
+    a = alpha_bar.cpu()
+    if len(a) > 2:
+        x_0_hat, _ = noised(t.to(idx.device))
+        snr, t = a / (1 - a), t.cpu()
+        error = (x_0 - x_0_hat).cpu().double().square().sum(-1)                        # (B, T)
+        diffusion = (len(a) - 2) / 2 * (snr[t - 1] - snr[t]) * error
+    a = a[-1]
+    squared_norm = x_0.cpu().double().square().sum(-1)
     prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a
     return Bound(reconstruction, diffusion, prior)

@@ -16,7 +16,7 @@ import diffusion
 from configurator import UserError, in_range, one_of
 from data import Texts
 from diffusion import LATER, sample_constrained_ddim, sample_ddim, sample_ddpm
-from machine import Replay
+from machine import Replay, all_reduce, rank, world_size
 from model import Layout, LayerCache, max_scores, neighbours
 
 BLOCK_STEPS, WINDOW_STEPS = 32, 50      # denoising steps of a block, and of a whole window
@@ -310,7 +310,8 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     """An upper bound on -log p of the tokens of Texts that count, in nats a token, written in such blocks in so many
     steps each (0: all noise levels; a single token in one): its parts, `bound` and `bound_error`, the standard error.
 
-    The noise is fixed, a block of a text stands at one level, and the size of a batch changes nothing.
+    The noise is fixed, a block of a text stands at one level, and the size of a batch changes nothing. Each process
+    takes its share of the texts, and all must call.
     """
     if steps == 0:
         steps = 1 if block_length == 1 and model.cfg.objective == "ce" else model.cfg.timesteps
@@ -319,14 +320,16 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     alpha_bar = diffusion.subsample(model.alpha_bar(), steps)
     t = diffusion.stratified(len(idx), steps, scorer.order.cpu(), diffusion.generator("cpu", "bound"))
     most = max(1, max_scores(idx.device) // (idx.size(1) * len(model.wte)))
-    draws = []
-    for rows in torch.arange(len(idx)).split(min(batch_size, most)):
+    parts = torch.zeros(3, *idx.shape, dtype=torch.float64)
+    for rows in torch.arange(len(idx))[rank()::world_size()].split(min(batch_size, most)):
         rng = [diffusion.generator(idx.device, "bound", i) for i in rows.tolist()]
         predict = partial(scorer.predict, rows, steps > 1)
         with torch.autocast(idx.device.type, model.dtype, enabled=model.dtype != torch.float32):
-            draws.append(diffusion.likelihood_bound(predict, scorer.E, idx[rows], alpha_bar, t[rows], rng))
-    parts = [torch.where(mask, torch.cat(part), 0).sum(1) for part in zip(*draws, strict=True)]
-    total, tokens = sum(parts), mask.sum(1)                                                     # of each text
+            found = diffusion.likelihood_bound(predict, scorer.E, idx[rows], alpha_bar, t[rows], rng)
+        parts[:, rows] = torch.stack(found)
+    mask = mask.cpu()
+    parts = torch.where(mask, all_reduce(parts), 0).sum(2)                                      # (3, B)
+    total, tokens = parts.sum(0), mask.sum(1)                                                   # of each text
     mean = total.sum() / tokens.sum()
     error = (total - mean * tokens).std(correction=1) * len(total) ** 0.5 / tokens.sum()        # of a ratio of sums
     row = {name: (part.sum() / tokens.sum()).item() for name, part in zip(diffusion.Bound._fields, parts, strict=True)}

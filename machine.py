@@ -32,27 +32,48 @@ class Machine(NamedTuple):
 
 
 def choose_machine(cfg):
-    """The Machine of the settings device, dtype and compile, printed in one line; UserError for what is not there."""
+    """The Machine of the settings device, dtype and compile, printed in one line; UserError for what is not there. With
+    compile auto a GPU compiles, if it can."""
     one_each = "RANK" in os.environ and cfg.device != "cpu" and torch.cuda.is_available()
     device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank())}" if one_each else cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
-    on_gpu = device.type == "cuda"
-    compiler = shutil.which(os.environ.get("CC", "gcc") if on_gpu else os.environ.get("CXX", "g++"))
-    compiled = on_gpu and bool(compiler) if cfg.compile == "auto" else cfg.compile == "true"
-    if compiled and not compiler:
-        raise UserError("compile=true, but there is no C++ compiler (gcc, g++); install one or use --compile=false")
+    wanted = cfg.compile == "true" or cfg.compile == "auto" and device.type == "cuda"
+    fault = compiler_fault(device) if wanted else ""
+    if fault and cfg.compile == "true":
+        raise UserError(f"compile=true, but torch.compile fails here ({fault}); mend that, or use --compile=false")
+    if fault:
+        print(f"warning: torch.compile fails here ({fault}); training goes on without, slower", file=sys.stderr)
+    compiled = wanted and not fault
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")          # TF32, where products are not in bfloat16: evaluation
     print(f"device {device}, products in {str(dtype)[6:]}, compile {str(compiled).lower()}")
     return Machine(device, dtype, compiled)
 
 
+def compiler_fault(device):
+    """Why a tiny function cannot be compiled for a device (no compiler, no Python.h, no Triton), or ""."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return "no C++ compiler"                            # torch takes 10 s to find out
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:                              # the compilers below it raise anything
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
+    return ""
+
+
 def choose_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:1"; UserError if it is not there."""
+    """The torch.device of "auto", "cpu", "cuda", "cuda:1" or "mps" (Apple's GPU); UserError if it is not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if count else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"device={name} is unknown; use auto, cpu or cuda")
+        there = {"cuda": count, "mps": has_mps, "cpu": True}
+        name = next(kind for kind in there if there[kind])
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"device={name} is unknown; use auto, cpu, cuda or mps")
     device = torch.device(name)
+    if name == "mps" and not has_mps:
+        raise UserError(f"device=mps, but torch {torch.__version__} sees no GPU of Apple's; use --device=cpu")
     if device.type == "cuda" and (device.index or 0) >= count:
         found = f"sees {count} CUDA devices, counted from 0" if count else "sees no CUDA device"
         raise UserError(f"device={name}, but torch {torch.__version__} {found}; use --device=cpu")
@@ -63,6 +84,8 @@ def choose_dtype(name, device):
     """The torch.dtype of "float32", "bfloat16" or "auto": bfloat16 where the hardware has it, as emulation is slow."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has_bf16 = False                                    # float32 is what was thought through
     else:
         has_bf16 = sys.platform == "linux" and re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text())
     if name == "auto":
@@ -119,8 +142,9 @@ def join_processes(device):
     if device.index is not None:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))        # the first one evaluates and saves alone
+        on_gpu = device.type == "cuda"                      # numbers on the CPU go by gloo: no GPU waits for them
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=1),
+                                device_id=device if on_gpu else None)       # an hour: the first process saves alone
 
 
 @contextlib.contextmanager
@@ -149,21 +173,24 @@ def broadcast(value):
     return box[0]
 
 
-def all_reduce(numbers, device, op=dist.ReduceOp.SUM):
-    """The sum (or other op) of each number over all processes, as a list of floats."""
-    numbers = torch.as_tensor(numbers, dtype=torch.float64, device=device)
+def all_reduce(x, op=dist.ReduceOp.SUM):
+    """The tensor x itself, which now holds the sum (or other op) over all processes."""
     if dist.is_initialized():
-        dist.all_reduce(numbers, op)
-    return numbers.tolist()
+        dist.all_reduce(x, op)
+    return x
 
 
-def any_process(signals, device):
+def any_process(signals):
     """The number of a signal that any process has caught, or 0; the same in all."""
-    return int(all_reduce([max(signals, default=0)], device, dist.ReduceOp.MAX)[0])
+    return int(all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX))
 
 
 def full_tensor(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local_tensor(x):
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def catch_signals():

@@ -349,13 +349,14 @@ class SunFish(nn.Module):
 
     def alpha_bar(self):
         """The noise schedule: (timesteps + 1,) float64."""
-        cfg = self.cfg
+        cfg, schedule = self.cfg, self.schedule.detach()
+        schedule = schedule.cpu() if schedule.device.type == "mps" else schedule       # which has no float64
         if cfg.schedule == "gumbel":
-            mu, log_beta, _ = self.schedule.detach().double()
+            mu, log_beta, _ = schedule.double()
             return diffusion.gumbel_schedule(cfg.timesteps, mu, log_beta.exp(), cfg.token_dim)
         if cfg.schedule == "cosine":
-            return diffusion.cosine_schedule(cfg.timesteps).to(self.schedule.device)
-        return diffusion.linear_schedule(cfg.timesteps, cfg.beta_start, cfg.beta_end).to(self.schedule.device)
+            return diffusion.cosine_schedule(cfg.timesteps).to(schedule.device)
+        return diffusion.linear_schedule(cfg.timesteps, cfg.beta_start, cfg.beta_end).to(schedule.device)
 
     def noise_level(self, log_snr):
         """g = -log_snr - log C, clipped: below CLEAN every token can be read off x_t, above NOISY x_t says nothing."""

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -34,10 +35,10 @@ import checkpoint as ckpt
 import diffusion
 import machine as mc
 from configurator import Fault, UserError, describe, in_range, one_of, run
-from data import (EMBEDDED, Dataset, Texts, cut_at_eot, find_dataset, first_document, get_tokenizer, lock, read_meta,
-                  step_batches)
+from data import (EMBEDDED, Dataset, Texts, cut_at_eot, find_dataset, first_document, get_tokenizer, lock, make_batch,
+                  read_meta, step_batches)
 from generate import Canvas, Sampling, bound, generate, generators
-from model import ModelConfig, SunFish, add_lora
+from model import FLEX, ModelConfig, SunFish, add_lora
 
 SCHEDULE_RATE = 3e-3                     # learning rate of the fitted schedule's three scalars
 
@@ -51,7 +52,7 @@ class Config(ModelConfig):
     out_dir: str = "out/sunfish"       # for checkpoints and log.jsonl
     resume: bool = False               # continue the run in out_dir with other settings; with the same it always does
     # the optimizer step
-    batch_size: int = 8                # sequences on a device at a time, at most
+    batch_size: int = 0                # sequences on a device at a time, at most; 0: what fits a GPU, 8 elsewhere
     batch_tokens: int = 65_536         # tokens in a step; gradient accumulation follows from it
     max_steps: int = 10_000            # optimizer steps
     learning_rate: float = 1e-3        # peak; cosine to zero after the warm-up
@@ -90,11 +91,11 @@ class Config(ModelConfig):
     def check(self):
         """Raise UserError for settings that cannot work."""
         super().check()
-        in_range(self, 1, 1e18, "batch_size", "batch_tokens", "max_steps", "max_block_length", "log_interval",
+        in_range(self, 1, 1e18, "batch_tokens", "max_steps", "max_block_length", "log_interval",
                  "save_interval", "keep_last")
         in_range(self, 2, 1e18, "eval_sequences")
-        in_range(self, 0, 1e18, "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "keep_interval",
-                 "lora_rank")
+        in_range(self, 0, 1e18, "batch_size", "warmup_steps", "weight_decay", "grad_clip", "eval_interval",
+                 "keep_interval", "lora_rank")
         in_range(self, 0, 1, "p_single", "p_window", "p_strided", "p_given", "self_conditioning",
                  "conditioning_dropout", "ema_decay", "align")
         in_range(self, 1e-12, 1e3, "learning_rate", "lora_alpha")
@@ -116,9 +117,9 @@ class Config(ModelConfig):
             raise UserError(f"lora_rank={self.lora_rank} is more than n_embd={self.n_embd}; 8 is usual")
         N = mc.world_size()
         if not self.fits(N):
-            batch = self.batch_size * self.block_size * N
+            batch = (self.batch_size or 1) * self.block_size * N
             near = max(1, round(self.batch_tokens / batch)) * batch
-            what = "batch_size * block_size" + (f" * world_size={N}" if N > 1 else "")
+            what = "batch_size * " * (self.batch_size > 0) + "block_size" + (f" * world_size={N}" if N > 1 else "")
             others = ", ".join(str(i) for i in range(1, 4097) if N > 1 and self.fits(i))
             raise UserError(f"batch_tokens={self.batch_tokens:,} is not a multiple of {batch:,} ({what}); try {near:,}"
                             + (f", or {others} processes" if others else ""))
@@ -126,7 +127,7 @@ class Config(ModelConfig):
     def fits(self, N):
         """Whether N processes can share the sequences of a step in batches of one size."""
         n, rest = divmod(self.batch_tokens, self.block_size * N)
-        return rest == 0 and n % min(self.batch_size, n) == 0
+        return rest == 0 and n % min(self.batch_size or 1, n) == 0
 
     @property
     def step_sequences(self):
@@ -136,7 +137,7 @@ class Config(ModelConfig):
     @property
     def micro_batch(self):
         """Sequences on a device at a time."""
-        return min(self.batch_size, self.step_sequences // mc.world_size())
+        return largest_divisor(self.step_sequences // mc.world_size(), self.batch_size or 8)
 
     @property
     def block_length(self):
@@ -149,6 +150,11 @@ class Config(ModelConfig):
         """Numbers within the step of the sequences in each batch that this process accumulates."""
         B, N = self.micro_batch, mc.world_size()
         return [range(first, first + B) for first in range(mc.rank() * B, self.step_sequences, N * B)]
+
+
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`."""
+    return max(i for i in range(1, 1 + min(n, most)) if n % i == 0)
 
 
 # ---- the loss and the optimizer ----
@@ -219,7 +225,8 @@ def update_ema(ema, model, decay, step):
 # ---- evaluation ----
 
 def evaluate(net, cfg, data, tokenizer):
-    """Print the bound on held-out text and some samples; returns them as a row for the log."""
+    """Print the bound on held-out text and some samples; returns them as a row for the log. All processes measure, and
+    the first one writes."""
     texts, row = data.spread(cfg.eval_sequences), {}
     if not data.is_examples:                                # a window is scored without the text before it
         texts = texts._replace(prompt_mask=torch.zeros_like(texts.prompt_mask))
@@ -231,7 +238,7 @@ def evaluate(net, cfg, data, tokenizer):
         how = {0: "the whole window", 1: "token by token"}.get(length, f"blocks of {length}")
         print(f"  held-out text, {how}: at most {found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, "
               f"perplexity {math.exp(min(found['bound'], 700)):,.4g}")        # exp overflows at 710
-    row["text"] = make_samples(net, cfg, data, tokenizer)
+    row["text"] = make_samples(net, cfg, data, tokenizer) if mc.rank() == 0 else []
     for beginning, text in row["text"]:
         print(f"  {beginning}: {text}")
     return row
@@ -344,9 +351,10 @@ def parallelize(cfg, net, ema, machine):
     if kind != "none":
         print(f"{mc.world_size()} processes, parallel {kind}")
     for layer in net.layers if cfg.activation_checkpointing else ():
-        layer.forward = partial(recompute, layer.forward, use_reentrant=False)
+        layer.forward = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)   # no dropout
     if machine.compiled:
         compile_parts(net)
+        net.flex = machine.device.type == "cuda" and cfg.block_size % FLEX == 0 and net.head_dim >= 16
     if kind == "fsdp":
         shard_layers(loss, ema, machine)
     net.to_empty(device=machine.device)
@@ -363,10 +371,10 @@ def shard_layers(loss, ema, machine):
     """Shard a network and its average over the processes, layer by layer; gradients are summed in float32."""
     shard = partial(fully_shard, mesh=init_device_mesh(machine.device.type, (mc.world_size(),)))
     policy = MixedPrecisionPolicy(machine.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in (*loss.net.layers, *ema.layers):
+    for layer in loss.net.layers:
         shard(layer, mp_policy=policy)
-    shard(ema)
-    shard(loss)
+    for module in (*ema.layers, ema, loss):
+        shard(module)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")     # not changed in place
 
 
@@ -387,16 +395,65 @@ def share_frozen(ema, net):
         setattr(ema.get_submodule(module), last, x)
 
 
-def ema_model(ema, cfg, machine):
-    """The average, or, where it is sharded, a whole copy on the first process and None on the others."""
-    if not isinstance(ema, FSDPModule):
-        return ema
-    state = ckpt.gather_weights(ema)
-    if mc.rank():
-        return None
-    whole = new_network(cfg, ema.vocab_size)
-    whole.load_state_dict(state)
-    return whole.to(machine.device)
+@contextlib.contextmanager
+def whole(net):
+    """The network, all of which each process has meanwhile if it is sharded."""
+    sharded = [module for module in net.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield net
+    for module in sharded:
+        module.reshard()
+
+
+def sync_gradients(model, is_last):
+    """Have the processes add up their gradients in the last backward pass of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+    model.require_backward_grad_sync = is_last              # of DDP
+
+
+def backward(model, batch, machine):
+    """Gradients of a batch's mean loss, which is of all processes' batches of a step; returns the sum without them."""
+    with machine.autocast():
+        loss, fit = model(batch)
+    (loss + fit).mul(mc.world_size() / batch.step_tokens).backward()                # averaged over the processes
+    return loss.detach()
+
+
+def warm_up(model, batch, cfg, machine):
+    """Compile all that a step may need, on one batch, so that no later step waits for the compiler."""
+    guesses = {cfg.self_conditioning > 0 and cfg.objective == "ce", cfg.self_conditioning == 1}
+    for guess in sorted(guesses):
+        clock = time.perf_counter()
+        print(f"compiling the step {'with' if guess else 'without'} a first guess ...", end=" ", flush=True)
+        backward(model, batch._replace(guess=guess), machine)
+        print(f"{time.perf_counter() - clock:.0f} s")
+    model.zero_grad(set_to_none=True)
+
+
+def fit_batch(cfg, net, model, data, machine):
+    """The most sequences at a time for which there is memory on a GPU: peaks of one and two sequences, without the
+    compiler, tell what each needs. 8 elsewhere."""
+    device, flex, peaks = machine.device, net.flex, []
+    if device.type != "cuda":
+        return cfg.micro_batch
+    net.flex = False
+    with torch.compiler.set_stance("force_eager"):
+        for n in (1, 2):
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            backward(model, make_batch(cfg, data, 0, range(n), device)._replace(guess=True), machine)
+            peaks.append(torch.cuda.max_memory_allocated(device) - before)
+            model.zero_grad(set_to_none=True)
+    net.flex = flex
+    torch.cuda.empty_cache()
+    moments = 8 * sum(mc.local_tensor(p).numel() for p in net.parameters() if p.requires_grad)
+    room = 0.8 * torch.cuda.mem_get_info(device)[0] - moments - peaks[0]
+    fits = 1 + room // max(1, peaks[1] - peaks[0])
+    fits = mc.all_reduce(torch.tensor(max(1, int(fits))), dist.ReduceOp.MIN)
+    return largest_divisor(cfg.step_sequences // mc.world_size(), int(fits))
 
 
 def print_sizes(cfg, net):
@@ -552,25 +609,20 @@ def all_batches(cfg, data, start, device):
 def train_step(model, optimizer, batches, cfg, step, machine):
     """One optimizer step: (mean loss of a token in nats, norm of the gradient); Fault, before the update, if they are
     not finite or memory does not suffice."""
-    total, n = torch.zeros(2, dtype=torch.float64, device=machine.device), len(cfg.micro_batches())
+    n, losses = len(cfg.micro_batches()), []
     try:
         for i in range(n):
             batch = next(batches)
-            model.require_backward_grad_sync = i == n - 1                           # of DDP: once a step
-            with machine.autocast():
-                loss, fit = model(batch)
-            (loss + fit).mul(mc.world_size() / cfg.batch_tokens).backward()         # averaged over the processes
-            total += torch.stack((loss.detach(), batch.loss_mask.sum()))
+            sync_gradients(model, i == n - 1)
+            losses.append(backward(model, batch, machine))
     except torch.OutOfMemoryError:
         raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak "
                     f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size (the step stays the same)") from None
-    loss, tokens = mc.all_reduce(total, machine.device)
+    loss = mc.all_reduce(torch.stack(losses).sum()) / batch.step_tokens
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if tokens != cfg.batch_tokens:                          # of examples, and known only now
-        torch._foreach_mul_([p.grad for p in params], cfg.batch_tokens / tokens)
     clipped = [p for p in params if p.shape != (3,)]        # not the schedule's three scalars
     norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf)
-    loss, grad_norm = loss / tokens, mc.full_tensor(norm).item()
+    loss, grad_norm = torch.stack((loss, mc.full_tensor(norm))).tolist()            # the step's one wait for the device
     if not math.isfinite(loss + grad_norm):
         lr = optimizer.param_groups[0]["lr"]
         raise Fault(f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at learning rate {lr:.2e}; nothing was "
@@ -597,6 +649,8 @@ def train(cfg, machine):
     raw_model, ema, model, optimizer = build(cfg, train_data, content, base, machine)
     log = Log(cfg, file, start, content and content["wandb_id"], machine.device)
     del base, content
+    if cfg.batch_size == 0:
+        cfg = dataclasses.replace(cfg, batch_size=fit_batch(cfg, raw_model, model, train_data, machine))
     print(f"settings: {describe(cfg)}")
     print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
           f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
@@ -605,6 +659,8 @@ def train(cfg, machine):
     if train_data.is_examples and not cfg.init_from:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
+    if machine.compiled and start < cfg.max_steps:
+        warm_up(model, make_batch(cfg, train_data, 0, cfg.micro_batches()[0], machine.device), cfg, machine)
     batches, signals = Prefetch(all_batches(cfg, train_data, start, machine.device)), mc.catch_signals()
     saved, stop = start, 0
     for step in range(start, cfg.max_steps):
@@ -612,7 +668,7 @@ def train(cfg, machine):
         loss, grad_norm = train_step(model, optimizer, batches, cfg, step, machine)
         update_ema(ema, raw_model, cfg.ema_decay, step)
 
-        done, stop = step + 1, mc.any_process(signals, machine.device)      # all stop after the same step, or none
+        done, stop = step + 1, mc.any_process(signals)  # all stop after the same step, or none
         last = stop or done == cfg.max_steps
         if last or done % cfg.log_interval == 0 or done == start + 1:
             log.step(done, loss, grad_norm, lr, batches.waited)
@@ -621,9 +677,8 @@ def train(cfg, machine):
             if mc.rank() == 0:
                 ckpt.save(cfg, done, state, wandb_id=log.wandb_id, **kept)
         if last and not stop or cfg.eval_interval and done % cfg.eval_interval == 0:
-            net = ema_model(ema, cfg, machine)
-            if mc.rank() == 0:
-                log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(net, cfg, val_data, tokenizer))
+            with whole(ema):
+                log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(ema, cfg, val_data, tokenizer))
         if done in (saved, start + 1) or cfg.eval_interval and done % cfg.eval_interval == 0:
             log.restart(done, batches.waited)
         if stop:

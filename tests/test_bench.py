@@ -156,7 +156,7 @@ def test_flops_are_those_of_the_matrix_products_of_a_step(args, guess):
     order = None if cfg.p_window == 1 else torch.arange(32).expand(2, -1) // 4
     net, ids, prompt = SunFish(cfg, 300), torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.int64)
     guess &= cfg.objective == "ce"                                      # eps has no first guess
-    batch = Batch(ids, order, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, ids == 0, guess)
+    batch = Batch(ids, order, ids + 1, torch.randn(2, 32, 32), prompt, prompt == 0, ids == 0, guess, 64)
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:           # attention as products that can be counted
         loss, fit = train.DiffusionLoss(net)(batch)
         (loss + fit).backward()

@@ -69,7 +69,7 @@ def lose(net, order, guessed, idx, t, eps, guess, prompt, prompt_mask):
     """The two sums of the training loss and the length of each gradient; t is one number for the tokens of a block."""
     steps = net.cfg.timesteps
     t = torch.where(order == order[:, :1], steps, 1 + (order * 377 + 500) % steps)
-    batch = Batch(idx, order, t, eps, prompt, prompt_mask, (order >= 0) & (order < LATER), guessed)
+    batch = Batch(idx, order, t, eps, prompt, prompt_mask, (order >= 0) & (order < LATER), guessed, B * T)
     net.zero_grad()
     loss, fit = train.DiffusionLoss(net)(batch)
     (loss + fit).backward()

@@ -143,7 +143,8 @@ GIVEN = {"none": ANY & False, "prefix": torch.arange(12) < 5, "blanks": ANY, "bo
 
 
 def read_anew(net, decoder, canvas, order, visible, clean, here, x_t, log_snr, guess):
-    """Hidden states of the noisy tokens here, behind the clean ones, by `denoise`, the training forward, beside the text as it is now."""
+    """Hidden states of the noisy tokens here, behind the clean ones, by `denoise`, the training forward, beside the
+    text as it is now."""
     pos = here[clean.size(1):]
 
     def put(x, width):

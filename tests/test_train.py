@@ -237,7 +237,7 @@ def one_sequence(cfg, T=12):
     """Eight copies of one sequence without prompt, each as a whole at a stratified noise level of its own."""
     idx = torch.randint(50, (1, T), generator=diffusion.generator("cpu", "sequence")).expand(8, T)
     t, hidden = diffusion.stratified(8, cfg.timesteps, idx * 0), torch.zeros(8, cfg.prompt_size, dtype=torch.bool)
-    return Batch(idx, None, t, torch.randn(8, T, cfg.token_dim), hidden.long(), hidden, idx >= 0, False)
+    return Batch(idx, None, t, torch.randn(8, T, cfg.token_dim), hidden.long(), hidden, idx >= 0, False, 8 * T)
 
 
 def overfit(cfg, steps, fixed):
