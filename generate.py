@@ -81,21 +81,21 @@ class Decoder:
     def __init__(self, model, canvas, cfg, order, rng, watch):
         self.model, self.cfg = model, cfg
         self.rng, self.watch = rng, watch
+        device, known = model.wte.device, canvas.known
         self.alpha_bar, self.vectors = model.alpha_bar().cpu(), model.embedding()
-        levels = diffusion.log_snr(torch.arange(len(self.alpha_bar)), self.alpha_bar)
-        self.log_snr = levels.to(order.device)                             # (timesteps + 1,)
+        self.log_snr = diffusion.log_snr(torch.arange(len(self.alpha_bar)), self.alpha_bar).to(device)
         self.E = self.vectors.to(model.dtype)                              # of the products
-        self.tokens = canvas.idx.expand(len(rng), -1).clone()
-        self.new = canvas.known.nonzero().flatten()                        # clean tokens that are not in the cache yet
+        self.tokens = canvas.idx.to(device).expand(len(rng), -1).clone()
+        self.new = known.nonzero().flatten().to(device)                    # clean tokens that are not in the cache yet
         self.cache = [LayerCache(len(order)) for _ in model.layers]
-        self.predict = Replay(self.predict_once, order.device)
-        start = canvas.known.cummin(0).values & ~canvas.known.all()        # given, with nothing to write before it
-        prompt = canvas.prompt.expand(len(rng), -1)
+        self.predict = Replay(self.predict_once, device)
+        start = known.cummin(0).values & ~known.all()                      # given, with nothing to write before it
+        prompt = canvas.prompt.to(device).expand(len(rng), -1)
         self.rows = 2 if cfg.guidance_scale != 1 and (prompt.numel() or start.any()) else 1
         visible = torch.ones_like(prompt, dtype=torch.bool)
         visible = torch.cat((visible, ~visible)[:self.rows])
         self.prompt = model.encode_prompt(prompt.repeat(self.rows, 1), visible, self.E)
-        orders = torch.stack((order, torch.where(start, LATER, order))[:self.rows])
+        orders = torch.stack((order, torch.where(start, LATER, order))[:self.rows]).to(device)
         self.order = orders.repeat_interleave(len(rng), 0)                 # (rows * B, T)
         self.near = neighbours(self.order) <= self.order[..., None]
 
@@ -156,15 +156,14 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
     """
     device = model.wte.device
     order, _, steps = plan(cfg, model.cfg, canvas.known)
-    blocks = [(order == block).nonzero().flatten() for block in order[~canvas.known].unique()]
-    canvas = Canvas(*(part.to(device) for part in canvas))
     ended = torch.zeros(len(rng), dtype=torch.bool, device=device)
     with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
-        decoder = Decoder(model, canvas, cfg, order.to(device), rng, watch)
-        for pos in blocks:
-            decoder.write_block(pos.to(device), steps)
+        decoder = Decoder(model, canvas, cfg, order, rng, watch)
+        for block in order[~canvas.known].unique():
+            pos = (order == block).nonzero().flatten().to(device)
+            decoder.write_block(pos, steps)
             if eot is not None and not cfg.strided:                     # whose blocks leave gaps before the end
-                ended |= (decoder.tokens[:, pos[pos > 0]] == eot).any(1)    # the first token may open the text
+                ended |= ((decoder.tokens[:, pos] == eot) & (pos > 0)).any(1)   # the first token may open the text
                 if ended.all():
                     break
     return decoder.tokens

@@ -113,7 +113,7 @@ def tiled(mask_mod, some, every):
     """The BlockMask of a mask_mod, in whose tiles of queries x keys (B, 1, n, m) some or every pair is seen; `some` may
     be true of too many."""
     def listed(tiles):                                                     # how many, and their numbers before the rest
-        return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(-1, descending=True, stable=True).int()
+        return tiles.sum(-1, dtype=torch.int32), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
     return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), BLOCK_SIZE=FLEX, mask_mod=mask_mod)
 
 
@@ -210,14 +210,15 @@ class Attention(nn.Module):
         return rotate(norm(k), rope).to(v.dtype), v
 
     def forward(self, x, rope, k, v, mask, clean_mask=None):
-        """(B, N, n_embd). With a clean_mask the first half of the queries see the first half of the keys, and mask is
-        of the others."""
+        """(B, N, n_embd). With a clean_mask (B, 1, T, T) the first T queries see the first T keys, and the mask is of
+        the other queries."""
         q = rotate(norm(self.heads(self.q(x))), rope).to(v.dtype)
         if clean_mask is None:
             y = attention(q, k, v, mask)
         else:
-            (q, noisy), k_clean, v_clean = q.chunk(2, 2), k.chunk(2, 2)[0], v.chunk(2, 2)[0]
-            y = torch.cat((attention(q, k_clean, v_clean, clean_mask), attention(noisy, k, v, mask)), 2)
+            T = clean_mask.shape[-1]
+            clean = attention(q[:, :, :T], k[:, :, :T], v[:, :, :T], clean_mask)
+            y = torch.cat((clean, attention(q[:, :, T:], k, v, mask)), 2)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -263,7 +264,8 @@ class Layer(nn.Module):
     def forward(self, x, modulation, layout, rope, prompt, cache, is_last):
         """x (B, N, n_embd) -> (B, N, n_embd); of the last layer (B, n, n_embd), its noisy tokens only."""
         scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.offset).chunk(6, -1)
-        m, mask, clean_mask = layout.num_clean, layout.mask, layout.clean_mask
+        m, mask = layout.num_clean, layout.mask
+        clean_mask = layout.clean_mask
         x = x + self.conv(norm(x), layout, cache)
         y = torch.addcmul(shift1, norm(x), 1 + scale1)
         k, v = self.attn.keys_values(y, rope)
@@ -300,7 +302,8 @@ class SunFish(nn.Module):
         super().__init__()
         C, d = cfg.token_dim, cfg.n_embd
         V = -(-vocab_size // 64) * 64
-        self.cfg, self.vocab_size, self.head_dim = cfg, vocab_size, d // cfg.n_head
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.head_dim = d // cfg.n_head
         self.dtype = torch.float32                                         # of the products, in generation
         self.cross_entropy = cross_entropy                                 # may be compiled
         self.flex = False                                                  # attention by compiled flex_attention

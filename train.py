@@ -436,10 +436,10 @@ def warm_up(model, batch, cfg, machine):
 def fit_batch(cfg, net, model, data, machine):
     """The most sequences at a time for which there is memory on a GPU: peaks of one and two sequences, without the
     compiler, tell what each needs. 8 elsewhere."""
-    device, flex, peaks = machine.device, net.flex, []
-    if device.type != "cuda":
+    if machine.device.type != "cuda":
         return cfg.micro_batch
-    net.flex = False
+    device, peaks = machine.device, []
+    flex, net.flex = net.flex, False
     with torch.compiler.set_stance("force_eager"):
         for n in (1, 2):
             torch.cuda.reset_peak_memory_stats(device)
