@@ -59,7 +59,8 @@ def same(losses, others):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [["--parallel=ddp"],
-                                  ["--parallel=fsdp", "--batch_size=1", "--activation_checkpointing"]])
+                                  ["--parallel=fsdp", "--batch_size=1", "--activation_checkpointing",
+                                   "--eval_interval=5"]])
 def test_two_processes_compute_what_one_does_and_one_goes_on_from_there(command, alone, tmp_path, args):
     out, _ = torchrun([*command[1:], *args, f"--out_dir={tmp_path / 'run'}"])
     assert f"parallel {args[0][11:]}" in out and "2 processes x" in out
@@ -73,6 +74,32 @@ def test_two_processes_compute_what_one_does_and_one_goes_on_from_there(command,
     out = call([*command, "--resume", f"--out_dir={tmp_path / 'run'}"]).stdout
     assert "resuming on 1 processes, was 2" in out and "resuming at step 5 of 10" in out
     assert same(losses(tmp_path / "run"), losses(alone))
+
+
+COUNT = """
+import sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import train
+name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+count, reduce_scatter = [], getattr(dist, name)
+
+def counted(*args, **settings):
+    count.append(1)
+    open({file!r} + str(train.mc.rank()), "w").write(str(len(count)))
+    return reduce_scatter(*args, **settings)
+setattr(dist, name, counted)
+train.run(train.main, train.Config)
+"""
+
+
+@pytest.mark.slow
+def test_shards_add_up_their_gradients_once_a_step(command, tmp_path):
+    """Of each layer, and of the rest, however many batches are accumulated."""
+    (tmp_path / "count.py").write_text(COUNT.format(root=str(ROOT), file=str(tmp_path / "count")))
+    args = [*command[1:], "--parallel=fsdp", "--batch_size=2", "--max_steps=3", f"--out_dir={tmp_path / 'run'}"]
+    torchrun(args, script=tmp_path / "count.py")
+    assert [int((tmp_path / f"count{rank}").read_text()) for rank in (0, 1)] == [3 * (2 + 1)] * 2
 
 
 @pytest.mark.slow
