@@ -305,7 +305,7 @@ class SunFish(nn.Module):
         self.cfg, self.vocab_size = cfg, vocab_size
         self.head_dim = d // cfg.n_head
         self.dtype = torch.float32                                         # of the products, in generation
-        self.cross_entropy = cross_entropy                                 # may be compiled
+        self.cross_entropy, self.mean_vector = cross_entropy, mean_vector  # may be compiled
         self.flex = False                                                  # attention by compiled flex_attention
         self.wte = nn.Parameter(torch.randn(V, C))
         self.register_buffer("log_unigram", torch.full((V,), NEG))
@@ -376,7 +376,7 @@ class SunFish(nn.Module):
         if self.cfg.objective == "eps":
             return x_t
         z = self.evidence(x_t, log_snr)
-        return in_chunks(lambda rows: F.linear(rows, E, self.log_unigram).softmax(-1) @ E, len(E), z)
+        return in_chunks(lambda rows: self.mean_vector(rows, E, self.log_unigram, E), len(E), z)
 
     def modulation(self, log_snr):
         """Scales, shifts and gates of the layers (B, n, 6 n_embd) at noise levels log_snr (B, n)."""
@@ -402,9 +402,9 @@ class SunFish(nn.Module):
                                  clean_mask=additive(layout.clean_mask, x.dtype))
         rope = rotary(layout.pos, self.head_dim)
         prompt, x = prompt._replace(mask=additive(prompt.mask, x.dtype)), x.float()
-        modulation = self.modulation(log_snr).to(x.dtype)                              # (B, n, 6 n_embd)
+        modulation = self.modulation(log_snr)                                          # (B, n, 6 n_embd)
         if layout.num_clean:
-            clean = self.modulation(torch.full_like(log_snr[:1, :1], math.inf)).to(x.dtype)
+            clean = self.modulation(torch.full_like(log_snr[:1, :1], math.inf))
             modulation = torch.cat((clean.expand(len(x), layout.num_clean, -1), modulation), 1)
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
@@ -451,15 +451,21 @@ class SunFish(nn.Module):
     @torch.no_grad()
     def first_guess(self, h, x_t, log_snr, E):
         """x_0_hat (B, T, C) of a first pass, for self-conditioning in training."""
-        return in_chunks(lambda *rows: self.predict(*rows, E)[0], len(E), h, x_t, log_snr)
+        features, weight, bias = self.output(h, x_t, log_snr, E)
+        return in_chunks(lambda rows: self.mean_vector(rows, weight, bias, E), len(E), features)
 
-    def nll(self, h, x_t, log_snr, idx, loss_mask, E):
-        """-log p of tokens idx (B, T) in nats: the sum over loss_mask (B, T), and all (B, T) without gradients."""
-        features = torch.cat((GAIN * h, self.evidence(x_t, log_snr)), -1)              # one product for both parts
+    def output(self, h, x_t, log_snr, E):
+        """The logits as one linear layer of features: (features (B, T, n_embd + C), its weight, its bias)."""
+        features = torch.cat((GAIN * h, self.evidence(x_t, log_snr)), -1)
         weight = torch.cat((self.head.weight, E), 1)
         if torch.is_autocast_enabled(E.device.type):
             weight = weight.to(torch.get_autocast_dtype(E.device.type))
-        bias, rows = self.head.bias + self.log_unigram, (features, idx, loss_mask)
+        return features, weight, self.head.bias + self.log_unigram
+
+    def nll(self, h, x_t, log_snr, idx, loss_mask, E):
+        """-log p of tokens idx (B, T) in nats: the sum over loss_mask (B, T), and all (B, T) without gradients."""
+        features, weight, bias = self.output(h, x_t, log_snr, E)
+        rows = features, idx, loss_mask
         total, nll = LinearCrossEntropy.apply(self.cross_entropy, weight, bias, *(x.flatten(0, 1) for x in rows))
         return total, nll.view_as(idx)
 
@@ -485,6 +491,11 @@ def in_chunks(f, width, *inputs):
     return torch.cat(parts).unflatten(0, inputs[0].shape[:2])
 
 
+def mean_vector(features, weight, bias, E):
+    """The mean of the vectors E (V, C) under the softmax of F.linear(features, weight, bias): (M, C)."""
+    return F.linear(features, weight, bias).softmax(-1) @ E
+
+
 def cross_entropy(weight, bias, features, idx):
     """-log p (M,) of tokens idx (M,) under F.linear(features, weight, bias), and its gradient for the scores (M, V)."""
     scores, idx = F.linear(features, weight, bias).float(), idx[:, None]
@@ -492,6 +503,14 @@ def cross_entropy(weight, bias, features, idx):
     log_sum = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()       # of exp(scores)
     nll = log_sum - scores.gather(-1, idx)
     return nll[:, 0], p.scatter_add_(-1, idx, -torch.ones_like(nll)).to(weight.dtype)
+
+
+def fused_cross_entropy(weight, bias, features, idx):
+    """The same, as a compiler makes two passes over the scores of it; without one it takes half as long again."""
+    scores, idx = F.linear(features, weight, bias).float(), idx[:, None]
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    hit = torch.arange(len(weight), device=idx.device) == idx
+    return (log_sum - scores.gather(-1, idx))[:, 0], ((scores - log_sum).exp() - hit.float()).to(weight.dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -38,7 +38,7 @@ from configurator import Fault, UserError, describe, in_range, one_of, run
 from data import (EMBEDDED, Dataset, Texts, cut_at_eot, find_dataset, first_document, get_tokenizer, lock, make_batch,
                   read_meta, step_batches)
 from generate import Canvas, Sampling, bound, generate, generators
-from model import FLEX, ModelConfig, SunFish, add_lora
+from model import FLEX, ModelConfig, SunFish, add_lora, fused_cross_entropy
 
 SCHEDULE_RATE = 3e-3                     # learning rate of the fitted schedule's three scalars
 
@@ -384,7 +384,8 @@ def compile_parts(net, backend="inductor"):
     torch._dynamo.config.optimize_ddp = False           # it would cut layers in two
     for layer in net.layers:
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
-    net.cross_entropy = torch.compile(net.cross_entropy, backend=backend, dynamic=False)
+    net.cross_entropy = torch.compile(fused_cross_entropy, backend=backend, dynamic=False)
+    net.mean_vector = torch.compile(net.mean_vector, backend=backend, dynamic=False)
 
 
 def share_frozen(ema, net):

@@ -182,13 +182,15 @@ def plain_loss(net, h, x_t, log_snr, idx, loss_mask):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("most", [2 ** 25, 5 * 64])
-def test_loss_and_gradients_are_those_of_autograd_in_double_precision(small, monkeypatch, most, dtype, tolerance):
+@pytest.mark.parametrize("entropy", [m.cross_entropy, m.fused_cross_entropy])
+def test_loss_and_gradients_are_those_of_autograd_in_double_precision(small, monkeypatch, entropy, most, dtype,
+                                                                      tolerance):
     monkeypatch.setattr(m, "max_scores", lambda device: most)
     torch.manual_seed(1)
     h, x_t = torch.randn(3, 12, 32, requires_grad=True), torch.randn(3, 12, 16)
     log_snr, idx = torch.linspace(-8, 1, 36).view(3, 12), torch.randint(50, (3, 12))
     loss_mask, calls = torch.rand(3, 12) < 0.7, []
-    small.cross_entropy = lambda *rows: calls.append(len(rows[2])) or m.cross_entropy(*rows)
+    small.cross_entropy = lambda *rows: calls.append(len(rows[2])) or entropy(*rows)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         total, nll = small.nll(h, x_t, log_snr, idx, loss_mask, small.embedding())
     (0.3 * total).backward()
