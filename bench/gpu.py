@@ -64,7 +64,7 @@ class Config:
     minutes: float = 0.0             # time for the stage; 0: check 5, speed 5, write 10, full 6
     config: str = ""                 # write: config file of train.py
     text: str = ""                   # write: .txt, .jsonl, .jsonl.xz; or a folder that is prepared already
-    vocab_size: int = 4096           # write: ids of the tokenizer that is made from the text
+    vocab_size: int = 4096           # check, write: ids of the tokenizer
     train: str = ""                  # write, full: more settings of train.py, "--learning_rate=1e-3 --compile=false"
     reserve: float = 1.5             # write: minutes at the end for measuring and writing
     trial: float = 20.0              # write: seconds of training, after the first step, that measure the speed
@@ -98,6 +98,7 @@ class Day:
 
     def __init__(self, cfg):
         self.cfg, self.sizes = cfg, TINY if cfg.rehearse else SMALL
+        self.vocab_size = 300 if cfg.rehearse else cfg.vocab_size
         self.end = time.perf_counter() + 60 * (cfg.minutes or MINUTES[cfg.stage])
         self.machine = choose_machine(cfg)
         self.on_gpu = self.machine.device.type == "cuda"
@@ -169,6 +170,9 @@ def script(day, command, codes=(0,), watch=None, limit=math.inf, grace=10, echo=
     finally:                                                # the stage may be interrupted
         for timer in timers:
             timer.cancel()
+        process.terminate()                                 # torchrun then ends its processes
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
         kill_group(process)
         process.wait()
         process.stdout.close()
@@ -178,9 +182,13 @@ def script(day, command, codes=(0,), watch=None, limit=math.inf, grace=10, echo=
     return lines
 
 
-def at(word, number=signal.SIGKILL):
-    """A watch that returns a signal for the lines that begin with a word."""
-    return lambda _, line: number if line.startswith(word) else None
+def kill_at(word):
+    """A watch that kills at the first line that begins with a word."""
+    def watch(_, line):
+        if line.startswith(word):
+            time.sleep(0.05)                                # the row of the log follows the line
+            return signal.SIGKILL
+    return watch
 
 
 def flags(**settings):
@@ -227,10 +235,10 @@ def made_up_shards(day, vocab_size):
 
 @torch.no_grad()
 def network(day):
-    """A small network whose output is not zero, as it is at first; its settings; and the ids it knows."""
-    cfg, vocab_size = train.Config(**day.sizes, self_conditioning=1.0, seed=day.cfg.seed), 300
+    """A small network whose output is not zero, as it is at first, and its settings."""
+    cfg = train.Config(**day.sizes, self_conditioning=1.0, seed=day.cfg.seed)
     torch.manual_seed(day.cfg.seed)
-    net = SunFish(cfg, vocab_size if day.cfg.rehearse else 4096)
+    net = SunFish(cfg, day.vocab_size)
     for p in net.parameters():
         if not p.any() or p is net.in_proj.weight:          # half of which starts at zero
             p.add_(0.5 * p.size(-1) ** -0.5 * torch.randn_like(p))
@@ -270,6 +278,11 @@ def apart(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+def worst(*distances):
+    """The largest; nan if one is nan, which max would pass over."""
+    return float(np.max(distances))
+
+
 def precise_step(net, some):
     """The Step of Batches in float64 on the CPU: what the code casts to float32 is cast to float64."""
     some = [batch._make(x.cpu() if torch.is_tensor(x) else x for x in batch) for batch in some]
@@ -293,7 +306,7 @@ def check_loss(day):
 def check_states(day):
     """hidden states and gradient in bfloat16, beside float64 on the CPU"""
     mine, exact = bfloat16_and_float64(day)
-    return max(apart(mine.h, exact.h), apart(mine.grad, exact.grad)), 0.05
+    return worst(apart(mine.h, exact.h), apart(mine.grad, exact.grad)), 0.05
 
 
 def check_compiled(day):
@@ -303,14 +316,14 @@ def check_compiled(day):
     eager = take_step(net, some, day.machine)
     train.compile_parts(net, "inductor" if day.machine.compiled else "aot_eager")
     compiled = take_step(net, some, day.machine)
-    return max(apart(compiled.loss, eager.loss), apart(compiled.grad, eager.grad)), rounding(day)
+    return worst(apart(compiled.loss, eager.loss), apart(compiled.grad, eager.grad)), rounding(day)
 
 
 def check_accumulation(day):
     """loss and gradient of a batch, beside those of two micro-batches"""
     net, cfg = network(day)
     whole, halves = (take_step(net, batches(cfg, day.machine.device, 4, parts), day.machine) for parts in (1, 2))
-    return max(apart(halves.loss, whole.loss), apart(halves.grad, whole.grad)), rounding(day)
+    return worst(apart(halves.loss, whole.loss), apart(halves.grad, whole.grad)), rounding(day)
 
 
 def rounding(day):
@@ -324,7 +337,7 @@ def check_data(day):
     here, there = (batches(cfg, device, 8, 2) for device in (day.machine.device, "cpu"))
     differ = [(x.cpu() != y).float().mean().item() for pair in zip(here, there, strict=True)
               for name, x, y in zip(pair[0]._fields, *pair, strict=True) if name not in ("eps", "guess")]
-    return max(differ), 0.0
+    return worst(*differ), 0.0
 
 
 @torch.no_grad()
@@ -360,9 +373,8 @@ def forty_steps(day, name, *args, launcher=(), watch=None):
     """The losses of forty steps of train.py, in a folder of this name; they are not computed twice."""
     folder = day.work / "check" / name
     if watch or len(log_losses(folder)) < 40:
-        shards = made_up_shards(day, 300 if day.cfg.rehearse else 4096)
-        command = train_command(day, folder, *args, **day.sizes, dataset=shards, max_steps=40, save_interval=10,
-                                warmup_steps=5, log_interval=1, compile="false")
+        command = train_command(day, folder, *args, **day.sizes, dataset=made_up_shards(day, day.vocab_size),
+                                max_steps=40, save_interval=10, warmup_steps=5, log_interval=1, compile="false")
         script(day, [*launcher, *command], (-9,) if watch else (0,), watch)
     return log_losses(folder)
 
@@ -371,13 +383,13 @@ def furthest(losses, others):
     """The largest relative distance of the losses of the same steps; nan if some are missing."""
     if set(losses) != set(others):
         return math.nan
-    return max(abs(losses[step] / others[step] - 1) for step in others)
+    return worst(*(abs(losses[step] / others[step] - 1) for step in others))
 
 
 def check_resumed(day):
     """losses of train.py killed at step 15 and resumed, beside those of the uninterrupted run"""
     whole = forty_steps(day, "plain")
-    forty_steps(day, "killed", watch=at("step 15/"))
+    forty_steps(day, "killed", watch=kill_at("step 15/"))
     return furthest(forty_steps(day, "killed"), whole), 1e-3 if day.on_gpu else 0.0
 
 
@@ -432,6 +444,7 @@ def speed_calls(cfg):
 
 def speed_stage(day):
     card_rates(day)
+    torch.cuda.empty_cache()                                # leave the memory to the scripts
     common = flags(**{name: getattr(day.cfg, name) for name in ("device", "dtype", "compile")})
     for name, args in speed_calls(day.cfg).items():
         out = day.work / f"speed_{name}"
@@ -456,13 +469,12 @@ def prepare(day):
     if not cfg.text:                                        # a rehearsal
         text, rng = day.work / "fables.jsonl", random.Random(cfg.seed)
         text.write_text("".join(json.dumps({"text": fables.draw(rng)[0]}) + "\n" for _ in range(300)))
-    vocab_size = 300 if cfg.rehearse else cfg.vocab_size
-    folder = day.work / f"{text.name.split('.')[0]}_{vocab_size}"
+    folder = day.work / f"{text.name.split('.')[0]}_{day.vocab_size}"
     for place in (text, folder):
         if place.is_dir() and (parts := read_parts(place)) and all(part["finished"] for part in parts.values()):
             return place.resolve()
     command = ["prepare_fineweb.py", *flags(source=text.resolve(), tokenizer="corpus", max_tokens=0,
-                                            vocab_size=vocab_size, out=folder), *few]
+                                            vocab_size=day.vocab_size, out=folder), *few]
     script(day, command, echo=True)
     return folder
 
@@ -497,8 +509,8 @@ def train_in_time(day, args, **settings):
     more = dict(max_steps=steps, save_interval=steps, log_interval=max(1, steps // 1000),
                 warmup_steps=min(warmup, steps // 10))
     # killed at the first line of its own evaluation, after the last save; ours follows
-    script(day, train_command(day, folder, *args, **more, **settings), (-9, 128 + signal.SIGTERM),
-           at("  held-out text"), end, 30 * day.cfg.reserve)
+    script(day, train_command(day, folder, *args, **more, **settings), (0, -9, 128 + signal.SIGTERM),
+           kill_at("  held-out text"), end, 30 * day.cfg.reserve)
     rows = read_log(folder)
     day.found |= {"start_s": start, "step_ms": 1000 * step, "max_steps": steps, "curve": rows}
     print(f"trained {rows[-1]['step']:,} of {steps:,} steps, {rows[-1]['tokens'] / 1e6:.1f}M tokens")
@@ -512,6 +524,8 @@ def share_network(day, content):
     kept = {name: content[name] for name in ("data", "step", "block_length")}
     file = day.work / "network.pt"
     ckpt.write(file, dict(config=asdict(ckpt.model_config(content)), ema=ema, **kept))
+    for old in (*day.out.glob("network.pt.*"), *day.work.glob("network.pt.*")):
+        old.unlink()
     whole = file.read_bytes()
     parts = [whole[i:i + PART] for i in range(0, len(whole), PART)]
     for i, part in enumerate(parts):
@@ -531,7 +545,8 @@ def bounds(day, model, rounded, held_out):
             ("as a whole window", model, 0), ("in blocks of 16, weights in bfloat16", rounded, 16)]
     n = 16
     for number, (what, net, length) in enumerate([dial[1], *dial]):
-        started, idx = time.perf_counter(), held_out.spread(n).idx.to(model.wte.device)
+        started, n = time.perf_counter(), min(n, len(held_out))
+        idx = held_out.spread(n).idx.to(model.wte.device)
         found = bound(net, quality.plain(idx), 16, length)
         seconds = time.perf_counter() - started
         if number:
@@ -624,7 +639,7 @@ def full(day):
                             max_steps=6, save_interval=3, log_interval=1)
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        first = script(day, command, (-9,), at("step 5/"))
+        first = script(day, command, (-9,), kill_at("step 5/"))
         rows, before = read_log(folder), log_losses(folder)
         saved = sum(file.stat().st_size for file in folder.glob(ckpt.CKPT))
         day.add(what="seconds to the first step", value=moment(first, "step 1/"))
@@ -635,11 +650,11 @@ def full(day):
         took = moment(first, "step 4/") - moment(first, "step 3/") - rows[3]["step_ms"] / 1000
         day.add(what="seconds of a save", value=took)
         day.add(what="seconds to set up a new run", value=moment(first, "from step") - moment(first, "device"))
-        second = script(day, command, (-9,), at("step 6/"))         # which is not saved again
+        second = script(day, command, (-9,), kill_at("step 6/"))         # which is not saved again
         day.add(what="seconds to set up the resumed run, with its load",
                 value=moment(second, "resuming at") - moment(second, "device"))
         again = log_losses(folder)
-        repeated = [{step: losses.get(step) for step in (4, 5)} for losses in (again, before)]
+        repeated = [{step: losses[step] for step in (4, 5) if step in losses} for losses in (again, before)]
         day.compare("losses of steps 4 and 5, resumed and before", furthest(*repeated), 1e-3 if day.on_gpu else 0.0)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -318,9 +318,9 @@ def profile_row(cfg, name, shape, machine):
         took[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kernels += event.count * (not event.key.startswith("Mem") if on_gpu else event.key.startswith("aten::"))
     shares = {kind: part / sum(took.values()) for kind, part in took.items()}
-    parts = [f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005]
+    parts = [f"{kind} {took[kind] / 1000:.1f} ms, {share:.0%}" for kind, share in shares.items() if share > 0.005]
     what = f"{name}: profile{', compiled' * machine.compiled}"
-    print(f"{what}, {kernels:,} {'kernels' if on_gpu else 'operators'}; where a step's time goes: {', '.join(parts)}")
+    print(f"{what}, {kernels:,} {'kernels' if on_gpu else 'operators'}; where a step's time goes: {'; '.join(parts)}")
     return {"what": what, **shares, "ms": {kind: part / 1000 for kind, part in took.items()}, "kernels": kernels}
 
 

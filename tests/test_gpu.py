@@ -143,6 +143,12 @@ def test_a_stage_ends_when_its_time_is_over(tmp_path, monkeypatch):
     assert "FAILED  the stage  TimeoutError: the time is over" in done.stdout
 
 
+def test_a_loss_that_is_missing_or_no_number_is_within_no_tolerance():
+    assert gpu.furthest({4: 2.0, 5: 1.0}, {4: 1.0, 5: 1.0}) == 1
+    assert math.isnan(gpu.furthest({4: 1.0}, {4: 1.0, 5: 1.0}))
+    assert math.isnan(gpu.furthest({4: 1.0, 5: math.nan}, {4: 1.0, 5: 1.0}))
+
+
 def test_a_script_that_hangs_is_killed_with_its_children(tmp_path):
     code = ("import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
             "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print('up', flush=True); ")
@@ -151,7 +157,7 @@ def test_a_script_that_hangs_is_killed_with_its_children(tmp_path):
         gpu.script(day, ["-c", code + "time.sleep(60)"], limit=0.5, grace=0.5)
     with pytest.raises(configurator.Fault, match="code 2: error: it has no text"):
         gpu.script(day, ["-c", "import sys; print('error: it has no text'); print('bye'); sys.exit(2)"])
-    lines = gpu.script(day, ["-c", code + "time.sleep(60)"], (-9,), gpu.at("up"))
+    lines = gpu.script(day, ["-c", code + "time.sleep(60)"], (-9,), gpu.kill_at("up"))
     assert [line for _, line in lines] == ["up"] and time.perf_counter() - begun < 20
 
 
