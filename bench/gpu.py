@@ -493,6 +493,8 @@ def try_out(day, args, **settings):
     script(day, train_command(day, folder, *args, **more, **settings), (128 + signal.SIGTERM,), watch, day.left() / 2)
     times = [row["step_ms"] / 1000 for row in read_log(folder)]
     shutil.rmtree(folder)
+    if not first:
+        raise Fault("the trial made no step in half of the time; give it more minutes")
     return first[0], statistics.mean(times[len(times) // 2:])
 
 

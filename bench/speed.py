@@ -312,7 +312,7 @@ def profile_row(cfg, name, shape, machine):
     took, kernels = dict.fromkeys([*KINDS, "fused by the compiler", "the rest"], 0.0), 0
     here = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     events = [event for event in profiler.key_averages() if event.device_type == here]      # no calls of the driver
-    for event in [event for event in events if not event.is_user_annotation]:               # nor names for several
+    for event in [event for event in events if not (on_gpu and event.is_user_annotation)]:  # nor names for several
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "the rest")
         kind = "fused by the compiler" if re.search("cpp_fused|triton", event.key) else kind
         took[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
