@@ -252,19 +252,27 @@ def save(path, meta, train, val, lengths=((), ())):
 
 def encode_all(documents, meta, workers, goal):
     """Yield each document as Encoded, in order, by threads: tiktoken releases the GIL."""
-    from tqdm import tqdm
     encode_one = functools.partial(encode_document, get_tokenizer(meta["tokenizer"]), meta["kind"])
     batches = iter(lambda: list(itertools.islice(documents, 16)), [])       # one at a time costs the threads more
     total = goal if meta["source"] in HUB and goal < sys.maxsize else None        # other sources end before
-    bar = tqdm(total=total, initial=meta["train_tokens"], unit=" tokens", unit_scale=True, mininterval=1)
-    with bar, ThreadPoolExecutor(workers) as pool:
+    with progress(total, meta["train_tokens"]) as bar, ThreadPoolExecutor(workers) as pool:
         tasks = (pool.submit(list, map(encode_one, batch)) for batch in batches)
         waiting = collections.deque(itertools.islice(tasks, 8 * workers))
         while waiting:
             rows = waiting.popleft().result()
             waiting.extend(itertools.islice(tasks, 1))
-            bar.update(sum(len(row.tokens) for row in rows))
+            if bar is not None:
+                bar.update(sum(len(row.tokens) for row in rows))
             yield from rows
+
+
+def progress(total, done):
+    """A bar that counts tokens; None inside, without tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext()
+    return tqdm(total=total, initial=done, unit=" tokens", unit_scale=True, mininterval=1)
 
 
 def encode_document(tokenizer, kind, texts):

@@ -12,7 +12,9 @@ GPU. Training is measured with all of train.py's mixture, once without and once 
 self-conditioning, which half of the steps have. Weights and text are random; only `start` runs the real commands, on
 the text that Python brings along.
 """
+import gc
 import importlib.util
+import itertools
 import json
 import re
 import statistics
@@ -35,7 +37,7 @@ from checkpoint import to_inference
 from configurator import Fault, UserError, in_range, load, run
 from data import Texts
 from generate import Canvas, Sampling, generate, generators, plan
-from machine import choose_machine, keep_memory
+from machine import choose_machine, keep_memory, peak_gb
 from model import SunFish, max_scores
 
 PARTS = ("train", "origin", "profile", "sample", "start")
@@ -44,7 +46,7 @@ KINDS = {"matrix products": r"mm\b|linear|convolution|matmul", "attention": "att
          "optimizer, clipping, average": "adam|lerp|norm|foreach",
          "copies": "copy_|::cat|::stack|clone|Memcpy", "noise": "normal_|rand"}
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}     # dense bf16, published
-TEXTS = ((1, 2.0, 1), (1, 1.0, 1), (8, 2.0, 1), (8, 1.0, 1), (8, 2.0, 4), (0, 2.0, 1), (0, 1.0, 1), (0, 2.0, 4))
+TEXTS = ((2.0, 1), (1.0, 1), (2.0, 4))           # guidance, and texts at a time, at each block length
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Config:
     block_size: int = 0              # tokens in a window; 0 is the shape's own
     repeats: int = 5                 # measured steps, after three that are not; the median counts
     tokens: int = 256                # of a text that is sampled
+    block_length: str = "1,8,0"      # comma list: tokens of such a text that are denoised together; 0 the whole
     device: str = "auto"             # auto, cpu, cuda
     dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
     compile: str = "auto"            # auto, true, false: whether compiled steps are measured beside eager ones
@@ -228,20 +231,27 @@ def make_step(shape, vocab_size, machine):
 
 
 def training(cfg, name, shape, machine):
+    variants = [(compiled, guess) for compiled in (False, True)[:1 + machine.compiled] for guess in (False, True)]
+    return [training_row(cfg, name, replace(shape, self_conditioning=float(guess)), machine._replace(compiled=compiled))
+            for compiled, guess in variants]
+
+
+def training_row(cfg, name, shape, machine):
     device, peak = machine.device, peak_flops(machine.device)
-    rows = []
-    for compiled in (False, True)[:1 + machine.compiled]:
-        for guess in (False, True):
-            chosen = replace(shape, self_conditioning=float(guess))
-            step, net = make_step(chosen, cfg.vocab_size, machine._replace(compiled=compiled))
-            took, rated = beside(step, partial(rate, shape, cfg.vocab_size, device, machine.dtype), device, cfg.repeats)
-            flops = shape.batch_tokens * flops_per_token(net, guess=guess)
-            mfu = {"MFU": flops / took / peak} if peak else {}
-            what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(machine.dtype)[6:]}"
-            what += ", compiled" * compiled + ", with first guess" * guess
-            rows.append(line(what, took, flops / rated, tokens_per_second=shape.batch_tokens / took,
-                             TFLOPs=flops / 1e12, **mfu))
-    return rows
+    gc.collect()                                                # of the network before, which a compiled one holds
+    step, net = make_step(shape, cfg.vocab_size, machine)
+    guess, more = shape.self_conditioning > 0, {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    took, rated = beside(step, partial(rate, shape, cfg.vocab_size, device, machine.dtype), device, cfg.repeats)
+    flops = shape.batch_tokens * flops_per_token(net, guess=guess)
+    if peak:
+        more["MFU"] = flops / took / peak
+    if device.type == "cuda":
+        more["peak_gb"] = peak_gb(device)
+    what = f"{name}: step of {shape.batch_size} x {shape.block_size}, {str(machine.dtype)[6:]}"
+    what += ", compiled" * machine.compiled + ", with first guess" * guess
+    return line(what, took, flops / rated, tokens_per_second=shape.batch_tokens / took, TFLOPs=flops / 1e12, **more)
 
 
 def peer(cfg, name, shape, machine):
@@ -288,31 +298,42 @@ def origin(cfg, device):
 
 
 def profile(cfg, name, shape, machine):
-    """Shares of a step's time by kind of operation."""
+    """Where the time of a step goes, without a first guess: eager and, if there is a compiler, compiled."""
+    shape, choices = replace(shape, self_conditioning=0.0), (False, True)[:1 + machine.compiled]
+    return [profile_row(cfg, name, shape, machine._replace(compiled=compiled)) for compiled in choices]
+
+
+def profile_row(cfg, name, shape, machine):
+    """Shares and milliseconds of a step by kind of operation, and the kernels (on a CPU operators) that it runs."""
     step, _ = make_step(shape, cfg.vocab_size, machine)
     step()
     on_gpu, activity = machine.device.type == "cuda", torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiler:
         step()
-    took = dict.fromkeys([*KINDS, "fused by the compiler", "the rest"], 0.0)
-    for event in profiler.key_averages():
+        clock(machine.device)
+    took, kernels = dict.fromkeys([*KINDS, "fused by the compiler", "the rest"], 0.0), 0
+    here = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == here]      # no calls of the driver
+    for event in [event for event in events if not (on_gpu and event.is_user_annotation)]:  # nor names for several
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "the rest")
         kind = "fused by the compiler" if re.search("cpp_fused|triton", event.key) else kind
         took[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kernels += event.count * (not event.key.startswith("Mem") if on_gpu else event.key.startswith("aten::"))
     shares = {kind: part / sum(took.values()) for kind, part in took.items()}
-    parts = [f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005]
-    print(f"{name}: where a step's time goes: {', '.join(parts)}")
-    return [{"what": f"{name}: profile", **shares}]
+    parts = [f"{kind} {took[kind] / 1000:.1f} ms, {share:.0%}" for kind, share in shares.items() if share > 0.005]
+    what = f"{name}: profile{', compiled' * machine.compiled}"
+    print(f"{what}, {kernels:,} {'kernels' if on_gpu else 'operators'}; where a step's time goes: {'; '.join(parts)}")
+    return {"what": what, **shares, "ms": {kind: part / 1000 for kind, part in took.items()}, "kernels": kernels}
 
 
 def sampling(cfg, name, shape, machine, bytes_rate):
-    """Texts of cfg.tokens tokens after a prompt: one by one, in blocks of 8, and the window, as TEXTS has them."""
+    """Texts of cfg.tokens tokens after a prompt, at each block length, as TEXTS has them."""
     shape, T = replace(shape, block_size=cfg.tokens), cfg.tokens
     rows = []
     model = to_inference(SunFish(shape, cfg.vocab_size), machine.device, machine.dtype)
     canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool),
                     torch.randint(cfg.vocab_size, (shape.prompt_size,)))
-    for length, guidance, n in TEXTS:
+    for length, (guidance, n) in itertools.product(map(int, cfg.block_length.split(",")), TEXTS):
         settings, branches = Sampling(block_length=length, guidance_scale=guidance), 1 + (guidance != 1)
         order, num_blocks, steps = plan(settings, shape, canvas.known)
 
@@ -352,7 +373,7 @@ def read_shape(cfg, name):
 
 
 def measure(cfg, name, parts):
-    """(rates, rows) of one shape."""
+    """Yields the rates of one shape, then the rows of each part."""
     shape = read_shape(cfg, name)
     machine = choose_machine(shape)
     cudnn = f", cuDNN {torch.backends.cudnn.version()}" if machine.device.type == "cuda" else ""
@@ -364,29 +385,42 @@ def measure(cfg, name, parts):
     rates["bytes"] = bandwidth(machine.device)
     print(f"products alone: {found}; memory is read at {rates['bytes'] / 1e9:,.0f} GB/s")
     print(f"{'':72}{'seconds':>10}{'floor':>10}{'ratio':>8}")
-    rows = training(cfg, name, shape, machine) if "train" in parts else []
-    rows += peer(cfg, name, shape, machine) if cfg.peer else []
-    for dtype in dict.fromkeys((torch.float32, machine.dtype)) if "sample" in parts else ():
-        rows += sampling(cfg, name, shape, machine._replace(dtype=dtype), rates["bytes"])
-    rows += profile(cfg, name, shape, machine) if "profile" in parts else []
-    return rates, rows
+    yield rates
+    if "train" in parts:
+        yield training(cfg, name, shape, machine)
+    if cfg.peer:
+        yield peer(cfg, name, shape, machine)
+    dtypes = (machine.dtype,) if machine.device.type == "cuda" else dict.fromkeys((torch.float32, machine.dtype))
+    for dtype in dtypes if "sample" in parts else ():
+        yield sampling(cfg, name, shape, machine._replace(dtype=dtype), rates["bytes"])
+    if "profile" in parts:
+        yield profile(cfg, name, shape, machine)
+
+
+def save(cfg, result):
+    """Write what was measured so far: a run that is stopped leaves that."""
+    if cfg.out:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(cfg):
     keep_memory()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    parts, rows = cfg.parts.split(","), []
-    result = {"settings": asdict(cfg), "torch": torch.__version__}
+    parts = cfg.parts.split(",")
+    result = {"settings": asdict(cfg), "torch": torch.__version__, "rows": []}
     for name in cfg.shapes.split(","):
-        result[f"{name}_rates"], found = measure(cfg, name, parts)
-        rows += found
+        found = measure(cfg, name, parts)
+        result[f"{name}_rates"] = next(found)
+        save(cfg, result)
+        for rows in found:
+            result["rows"] += rows
+            save(cfg, result)
     if "origin" in parts:
-        rows += origin(cfg, choose_machine(cfg).device)
-    rows += starting(cfg) if "start" in parts else []
-    if cfg.out:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / "speed.json").write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        result["rows"] += origin(cfg, choose_machine(cfg).device)
+    result["rows"] += starting(cfg) if "start" in parts else []
+    save(cfg, result)
 
 
 if __name__ == "__main__":

@@ -416,6 +416,14 @@ def test_shards_budget_meta_and_rerun(tmp_path):
     assert "revision=1 file" in refused(prepare_in, tmp_path, *args)
 
 
+def test_without_a_progress_bar_the_shards_are_the_same(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "t.jsonl", sentences(60))
+    prepare(tmp_path / "t.jsonl", tmp_path / "with")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    prepare(tmp_path / "t.jsonl", tmp_path / "without")
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+
+
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
     texts = sentences(10_000)
     source = write_jsonl(tmp_path / "t.jsonl", texts)
