@@ -55,7 +55,8 @@ def test_each_check_is_made(tmp_path):
     lines, found = rehearse("check", tmp_path)
     n = len(gpu.CHECKS)
     assert len(found["rows"]) == n and lines[-1] == f"{n} of {n} checks are ok, cpu"
-    for row, line in zip(found["rows"], lines[-1 - n:-1], strict=True):
+    lines = [line for line in lines if line.startswith("ok")]
+    for row, line in zip(found["rows"], lines, strict=True):
         assert row["ok"] and row["measured"] <= row["tolerance"] and line.startswith(f"ok      {row['what']}  ")
     resumed = next(row for row in found["rows"] if "resumed" in row["what"])
     assert resumed["measured"] == resumed["tolerance"] == 0
@@ -66,7 +67,7 @@ def test_speed_is_one_table(tmp_path):
     lines, found = rehearse("speed", tmp_path)
     names = [row["what"] for row in found["rows"]]
     assert [name.split()[0] for name in names[:3]] == ["product", "product", "copy"]
-    assert sum("profile" in name for name in names) == 2 and sum("tokens, block_length" in name for name in names) == 8
+    assert sum("profile" in name for name in names) == 2 and sum("tokens, block_length" in name for name in names) == 6
     assert [line.split("  ")[0] for line in lines[-len(names):]] == names and lines[-len(names) - 1].startswith("what")
     profile = next(row for row in found["rows"] if "profile" in row["what"])
     assert profile["kernels"] > 100 and sum(profile["ms"].values()) > 0.1
