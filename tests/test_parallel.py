@@ -114,8 +114,10 @@ def test_adapters_of_two_processes_are_those_of_one(base, pairs, tmp_path, paral
     one, two = (checkpoint.read(tmp_path / name / "ckpt_00000006.pt") for name in ("one", "two"))
     assert list(one["ema"]) == list(two["ema"]) and all(".lora_" in name for name in two["ema"])
     assert one["base"] == two["base"]
-    for name, x in one["ema"].items():          # unseen prompts: gradients of their queries are rounding errors
-        assert torch.allclose(x, two["ema"][name], atol=1e-3 if ".cross." in name else 1e-5), name
+    tolerance = {".cross.": 1e-3, ".q.": 1e-4}      # gradients of the queries are rounding errors, of unseen prompts all
+    for name, x in one["ema"].items():
+        atol = next((value for part, value in tolerance.items() if part in name), 1e-5)
+        assert torch.allclose(x, two["ema"][name], atol=atol), name
     (tmp_path / "two" / "ckpt_00000006.pt").unlink()
     call(["train.py", *args, "--resume", f"--out_dir={tmp_path / 'two'}"])
     assert same(losses(tmp_path / "two"), losses(tmp_path / "one"))
