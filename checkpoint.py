@@ -141,17 +141,11 @@ def check_base(cfg, content, adapts):
 def gather_state(model, ema, optimizer):
     """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others. With
     adapters only theirs."""
-    state = {}
+    options, state = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True), {}
     for name, net in (("model", model), ("ema", ema)):
-        weights = gather_weights(net)
+        weights = dcp.get_model_state_dict(net, options=options)
         state[name] = {key: x for key, x in weights.items() if ".lora_" in key} or weights
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict(state, optimizer=dcp.get_optimizer_state_dict(model, optimizer, options=options))
-
-
-def gather_weights(net):
-    """The weights of a network, which may be sharded, as plain tensors on the CPU of the first process."""
-    return dcp.get_model_state_dict(net, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def restore_state(state, model, ema, optimizer=None):

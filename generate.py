@@ -166,6 +166,7 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
                 ended |= ((decoder.tokens[:, pos] == eot) & (pos > 0)).any(1)   # the first token may open the text
                 if ended.all():
                     break
+    decoder.predict = None                                  # which holds the decoder, and recorded steps much memory
     return decoder.tokens
 
 

@@ -44,8 +44,10 @@ def choose_machine(cfg):
     if fault:
         print(f"warning: torch.compile fails here ({fault}); training goes on without, slower", file=sys.stderr)
     compiled = wanted and not fault
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")          # TF32, where products are not in bfloat16: evaluation
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for every shape
+        precision = "high" if dtype == torch.bfloat16 else "highest"
+        torch.set_float32_matmul_precision(precision)       # TF32 where products are not in bfloat16: evaluation
     print(f"device {device}, products in {str(dtype)[6:]}, compile {str(compiled).lower()}")
     return Machine(device, dtype, compiled)
 
@@ -100,12 +102,12 @@ class Replay:
     shapes the first two calls are ordinary and the third is recorded. The next call overwrites what it returned."""
 
     def __init__(self, f, device):
-        self.f, self.on_gpu = f, device.type == "cuda"
+        self.f, self.device = f, device
         self.calls, self.recorded = collections.Counter(), {}
 
     def __call__(self, *inputs):
         shapes = tuple(x if x is None else x.shape for x in inputs)
-        self.calls[shapes] += self.on_gpu
+        self.calls[shapes] += self.device.type == "cuda"
         if self.calls[shapes] < 3:
             return self.f(*inputs)
         if shapes not in self.recorded:
@@ -121,7 +123,7 @@ class Replay:
         """(graph, its own inputs, its outputs)."""
         mine = [x if x is None else x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self.f(*mine)
         return graph, mine, outputs
 

@@ -423,18 +423,26 @@ def backward(model, batch, machine):
     return loss.detach()
 
 
-def warm_up(model, batch, cfg, machine):
-    """Compile all that a step may need, on one batch, so that no later step waits for the compiler."""
+def warm_up(net, model, batch, cfg, machine):
+    """Compile all that a step may need, on one batch, so that no later step waits for the compiler. Where
+    flex_attention does not compile, attention takes a mask."""
     guesses = {cfg.self_conditioning > 0 and cfg.objective == "ce", cfg.self_conditioning == 1}
     for guess in sorted(guesses):
         clock = time.perf_counter()
         print(f"compiling the step {'with' if guess else 'without'} a first guess ...", end=" ", flush=True)
-        backward(model, batch._replace(guess=guess), machine)
+        try:
+            backward(model, batch._replace(guess=guess), machine)
+        except Exception as error:                          # the compilers below it raise anything
+            if not net.flex:
+                raise
+            net.flex = False
+            print(f"warning: no flex_attention here ({ckpt.reason(error)}); attention takes a mask", file=sys.stderr)
+            backward(model, batch._replace(guess=guess), machine)
         print(f"{time.perf_counter() - clock:.0f} s")
     model.zero_grad(set_to_none=True)
 
 
-def fit_batch(cfg, net, model, data, machine):
+def fit_batch(cfg, net, model, optimizer, data, machine):
     """The most sequences at a time for which there is memory on a GPU: peaks of one and two sequences, without the
     compiler, tell what each needs. 8 elsewhere."""
     if machine.device.type != "cuda":
@@ -450,7 +458,8 @@ def fit_batch(cfg, net, model, data, machine):
             model.zero_grad(set_to_none=True)
     net.flex = flex
     torch.cuda.empty_cache()
-    moments = 8 * sum(mc.local_tensor(p).numel() for p in net.parameters() if p.requires_grad)
+    to_come = [] if optimizer.state else [p for p in net.parameters() if p.requires_grad]
+    moments = 8 * sum(mc.local_tensor(p).numel() for p in to_come)
     room = 0.8 * torch.cuda.mem_get_info(device)[0] - moments - peaks[0]
     fits = 1 + room // max(1, peaks[1] - peaks[0])
     fits = mc.all_reduce(torch.tensor(max(1, int(fits))), dist.ReduceOp.MIN)
@@ -651,7 +660,8 @@ def train(cfg, machine):
     log = Log(cfg, file, start, content and content["wandb_id"], machine.device)
     del base, content
     if cfg.batch_size == 0:
-        cfg = dataclasses.replace(cfg, batch_size=fit_batch(cfg, raw_model, model, train_data, machine))
+        cfg = dataclasses.replace(cfg, batch_size=fit_batch(cfg, raw_model, model, optimizer, train_data,
+                                                              machine))
     print(f"settings: {describe(cfg)}")
     print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
           f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
@@ -661,7 +671,8 @@ def train(cfg, machine):
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
     if machine.compiled and start < cfg.max_steps:
-        warm_up(model, make_batch(cfg, train_data, 0, cfg.micro_batches()[0], machine.device), cfg, machine)
+        batch = make_batch(cfg, train_data, 0, cfg.micro_batches()[0], machine.device)
+        warm_up(raw_model, model, batch, cfg, machine)
     batches, signals = Prefetch(all_batches(cfg, train_data, start, machine.device)), mc.catch_signals()
     saved, stop = start, 0
     for step in range(start, cfg.max_steps):
@@ -702,7 +713,7 @@ def main(cfg):
         return dry_run(cfg) if mc.rank() == 0 else 0
     mc.join_processes(machine.device)
     code = train(cfg, machine)
-    if mc.world_size() > 1:
+    if dist.is_initialized():
         mc.shutdown(code)
     return code
 

@@ -16,4 +16,4 @@ for name in "${names[@]}"; do
         shift
     fi
 done
-exec python "$(dirname "$0")/gpu.py" "${args[@]+"${args[@]}"}" "$@"
+exec "$(command -v python || command -v python3)" "$(dirname "$0")/gpu.py" "${args[@]+"${args[@]}"}" "$@"

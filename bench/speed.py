@@ -41,10 +41,11 @@ from machine import choose_machine, keep_memory, peak_gb
 from model import SunFish, max_scores
 
 PARTS = ("train", "origin", "profile", "sample", "start")
-KINDS = {"matrix products": r"mm\b|linear|convolution|matmul", "attention": "attention",
+KINDS = {"attention": "attention|flash|fmha|sdpa",
+         "matrix products": r"mm\b|gemm|nvjet|cutlass|linear|convolution|matmul",
          "softmax and cross-entropy": "softmax|nll_loss|logsumexp",
          "optimizer, clipping, average": "adam|lerp|norm|foreach",
-         "copies": "copy_|::cat|::stack|clone|Memcpy", "noise": "normal_|rand"}
+         "copies": "copy|::cat|CatArray|::stack|clone", "noise": "normal_|rand"}
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}     # dense bf16, published
 TEXTS = ((2.0, 1), (1.0, 1), (2.0, 4))           # guidance, and texts at a time, at each block length
 
@@ -196,7 +197,7 @@ def line(what, took, floor=None, **more):
     return row
 
 
-# ---- what is measured: each takes the settings, the shape and the machine, and returns rows ----
+# ---- what is measured: each takes the settings, the shape and the machine, and yields rows ----
 
 class Random:
     """Windows as data.Dataset has them, of random tokens."""
@@ -232,8 +233,9 @@ def make_step(shape, vocab_size, machine):
 
 def training(cfg, name, shape, machine):
     variants = [(compiled, guess) for compiled in (False, True)[:1 + machine.compiled] for guess in (False, True)]
-    return [training_row(cfg, name, replace(shape, self_conditioning=float(guess)), machine._replace(compiled=compiled))
-            for compiled, guess in variants]
+    for compiled, guess in variants:
+        chosen = replace(shape, self_conditioning=float(guess))
+        yield training_row(cfg, name, chosen, machine._replace(compiled=compiled))
 
 
 def training_row(cfg, name, shape, machine):
@@ -275,8 +277,8 @@ def peer(cfg, name, shape, machine):
         optimizer.zero_grad(set_to_none=True)
     took, rated = beside(step, partial(rate, shape, cfg.vocab_size, device, machine.dtype), device, cfg.repeats)
     flops = 6 * (net.get_num_params() + 2 * shape.n_layer * shape.block_size * shape.n_embd) * idx.numel()
-    return [line(f"{name}: nanoGPT's step at that shape{', compiled' * machine.compiled}", took, flops / rated,
-                 tokens_per_second=idx.numel() / took, TFLOPs=flops / 1e12)]
+    yield line(f"{name}: nanoGPT's step at that shape{', compiled' * machine.compiled}", took, flops / rated,
+               tokens_per_second=idx.numel() / took, TFLOPs=flops / 1e12)
 
 
 def origin(cfg, device):
@@ -300,7 +302,8 @@ def origin(cfg, device):
 def profile(cfg, name, shape, machine):
     """Where the time of a step goes, without a first guess: eager and, if there is a compiler, compiled."""
     shape, choices = replace(shape, self_conditioning=0.0), (False, True)[:1 + machine.compiled]
-    return [profile_row(cfg, name, shape, machine._replace(compiled=compiled)) for compiled in choices]
+    for compiled in choices:
+        yield profile_row(cfg, name, shape, machine._replace(compiled=compiled))
 
 
 def profile_row(cfg, name, shape, machine):
@@ -315,11 +318,12 @@ def profile_row(cfg, name, shape, machine):
     here = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     events = [event for event in profiler.key_averages() if event.device_type == here]      # no calls of the driver
     for event in [event for event in events if not (on_gpu and event.is_user_annotation)]:  # nor names for several
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "the rest")
-        kind = "fused by the compiler" if re.search("cpp_fused|triton", event.key) else kind
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.I)), "the rest")
+        if re.search("cpp_fused|triton", event.key) and "flex_attention" not in event.key:
+            kind = "fused by the compiler"
         took[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kernels += event.count * (not event.key.startswith("Mem") if on_gpu else event.key.startswith("aten::"))
-    shares = {kind: part / sum(took.values()) for kind, part in took.items()}
+    shares = {kind: part / (sum(took.values()) or 1.0) for kind, part in took.items()}
     parts = [f"{kind} {took[kind] / 1000:.1f} ms, {share:.0%}" for kind, share in shares.items() if share > 0.005]
     what = f"{name}: profile{', compiled' * machine.compiled}"
     print(f"{what}, {kernels:,} {'kernels' if on_gpu else 'operators'}; where a step's time goes: {'; '.join(parts)}")
@@ -329,7 +333,6 @@ def profile_row(cfg, name, shape, machine):
 def sampling(cfg, name, shape, machine, bytes_rate):
     """Texts of cfg.tokens tokens after a prompt, at each block length, as TEXTS has them."""
     shape, T = replace(shape, block_size=cfg.tokens), cfg.tokens
-    rows = []
     model = to_inference(SunFish(shape, cfg.vocab_size), machine.device, machine.dtype)
     canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool),
                     torch.randint(cfg.vocab_size, (shape.prompt_size,)))
@@ -345,8 +348,7 @@ def sampling(cfg, name, shape, machine, bytes_rate):
         floor = max(flops / rated, calls * weight_bytes(model) / bytes_rate)
         how = f"{num_blocks} x {steps} steps" + ", guided" * (branches > 1)
         what = f"{name}: {n} x {T} tokens, block_length {length}, {how}, {str(machine.dtype)[6:]}"
-        rows.append(line(what, took, floor, ms_a_step=1000 * took / calls, tokens_per_second=n * T / took))
-    return rows
+        yield line(what, took, floor, ms_a_step=1000 * took / calls, tokens_per_second=n * T / took)
 
 
 def starting(cfg):
@@ -367,13 +369,14 @@ def starting(cfg):
 def read_shape(cfg, name):
     """The settings of config/NAME.py, less what is asked for, with one batch in an optimizer step."""
     shape = load(train.Config, [str(ROOT / "config" / f"{name}.py")])
-    sizes = {key: getattr(cfg, key) or getattr(shape, key) for key in ("n_layer", "batch_size", "block_size")}
+    sizes = {key: getattr(cfg, key) or getattr(shape, key) for key in ("n_layer", "block_size")}
+    sizes["batch_size"] = cfg.batch_size or shape.micro_batch
     tokens = sizes["batch_size"] * sizes["block_size"]
     return replace(shape, device=cfg.device, dtype=cfg.dtype, compile=cfg.compile, batch_tokens=tokens, **sizes)
 
 
 def measure(cfg, name, parts):
-    """Yields the rates of one shape, then the rows of each part."""
+    """Yields the rates of one shape, then its rows."""
     shape = read_shape(cfg, name)
     machine = choose_machine(shape)
     cudnn = f", cuDNN {torch.backends.cudnn.version()}" if machine.device.type == "cuda" else ""
@@ -387,14 +390,14 @@ def measure(cfg, name, parts):
     print(f"{'':72}{'seconds':>10}{'floor':>10}{'ratio':>8}")
     yield rates
     if "train" in parts:
-        yield training(cfg, name, shape, machine)
+        yield from training(cfg, name, shape, machine)
     if cfg.peer:
-        yield peer(cfg, name, shape, machine)
+        yield from peer(cfg, name, shape, machine)
     dtypes = (machine.dtype,) if machine.device.type == "cuda" else dict.fromkeys((torch.float32, machine.dtype))
     for dtype in dtypes if "sample" in parts else ():
-        yield sampling(cfg, name, shape, machine._replace(dtype=dtype), rates["bytes"])
+        yield from sampling(cfg, name, shape, machine._replace(dtype=dtype), rates["bytes"])
     if "profile" in parts:
-        yield profile(cfg, name, shape, machine)
+        yield from profile(cfg, name, shape, machine)
 
 
 def save(cfg, result):
@@ -414,8 +417,8 @@ def main(cfg):
         found = measure(cfg, name, parts)
         result[f"{name}_rates"] = next(found)
         save(cfg, result)
-        for rows in found:
-            result["rows"] += rows
+        for row in found:
+            result["rows"].append(row)
             save(cfg, result)
     if "origin" in parts:
         result["rows"] += origin(cfg, choose_machine(cfg).device)

@@ -1,7 +1,9 @@
 """What makes a step fast on a GPU, as far as a CPU can tell: flex_attention's masks, nothing that waits for the device,
 nothing compiled twice, a recorded step that is replayed, a batch that fits. bench/gpu.sh runs the same on a card."""
 import contextlib
+import gc
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -101,13 +103,26 @@ def test_nothing_is_compiled_after_the_warm_up_and_the_step_is_the_eager_one(fle
     eager = [gradients(loss, batch) for batch in batches]
     train.compile_parts(loss.net, "aot_eager")
     loss.net.flex = use_flex
-    train.warm_up(loss, make_batch(cfg, data, 9, range(4), "cpu"), cfg, machine)
+    train.warm_up(loss.net, loss, make_batch(cfg, data, 9, range(4), "cpu"), cfg, machine)
     assert capsys.readouterr().out.count("compiling the step with") == 2
     assert all(p.grad is None for p in loss.parameters())
     compiled = counters["stats"]["unique_graphs"]
     for batch, want in zip(batches, eager, strict=True):
         assert torch.allclose(gradients(loss, batch), want, rtol=1e-4, atol=1e-6 * want.abs().max())
     assert counters["stats"]["unique_graphs"] == compiled > 4 and not counters["graph_break"]
+
+
+def test_where_flex_attention_fails_attention_takes_a_mask(capsys):
+    """A CPU gives no gradients of it."""
+    cfg, data, machine = config(), Random(config(), 300), mc.Machine(torch.device("cpu"), torch.float32, True)
+    loss = train.DiffusionLoss(m.SunFish(cfg, data.vocab_size))
+    loss.net.flex, batch = True, make_batch(cfg, data, 0, range(4), "cpu")
+    train.warm_up(loss.net, loss, batch, cfg, machine)
+    said = capsys.readouterr().err
+    assert not loss.net.flex and said.count("warning: no flex_attention here (FlexAttention does") == 1
+    loss.net.layers[0].forward = None
+    with pytest.raises(TypeError):
+        train.warm_up(loss.net, loss, batch, cfg, machine)
 
 
 # ---- nothing waits for the device: on the meta device there are no values to ask for ----
@@ -185,12 +200,13 @@ def recordings(monkeypatch):
     made = []
 
     @contextlib.contextmanager
-    def record(graph):
+    def record(graph, capture_error_mode):
         made.append(graph)
         with graph:
             yield
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(g, "Replay", lambda f, device: mc.Replay(f, torch.device("cuda")))
     return made
 
@@ -209,6 +225,19 @@ def test_a_replayed_step_writes_the_same(small, recordings, monkeypatch, block_l
     assert len(recordings) <= graphs and replays > 0
 
 
+def test_what_was_recorded_is_gone_with_its_text(small, recordings):
+    """A recorded step holds the memory of a whole pass, and no cycle of references may keep it."""
+    canvas, held = Canvas(torch.zeros(12, dtype=torch.int64), torch.zeros(12) > 0, torch.tensor([1])), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            generate(small, canvas, Sampling(block_length=0, steps=5), generators("cpu", 1, [0]))
+            held.append(weakref.ref(recordings.pop()))
+        assert [graph() for graph in held] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_what_is_replayed_reads_its_new_inputs(recordings):
     f = mc.Replay(lambda x, y: (x + 1, None if y is None else x * y), torch.device("cuda"))
     for i in range(5):
@@ -224,6 +253,7 @@ def test_the_batch_is_what_the_memory_of_a_gpu_holds(monkeypatch):
     cfg, sizes = config(batch_size=0, batch_tokens=48 * 128), []
     data, net = Random(cfg, 50), m.SunFish(cfg, 50)
     loss, machine = train.DiffusionLoss(net), mc.Machine(SimpleNamespace(type="cuda"), torch.float32, True)
+    optimizer = train.make_optimizer(loss, cfg)
     monkeypatch.setattr(train, "backward", lambda model, batch, machine: sizes.append(len(batch.idx)))
     monkeypatch.setattr(train, "make_batch", lambda *what: make_batch(*what[:-1], "cpu"))
     for name in ("reset_peak_memory_stats", "empty_cache"):
@@ -233,13 +263,13 @@ def test_the_batch_is_what_the_memory_of_a_gpu_holds(monkeypatch):
     for free, fits in ((80e9, 24), (100e9, 24), (150e9, 48), (21e9, 4), (1e9, 1)):      # divisors of 48
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         net.flex = True
-        assert train.fit_batch(cfg, net, loss, data, machine) == fits and net.flex and sizes[-2:] == [1, 2]
+        assert train.fit_batch(cfg, net, loss, optimizer, data, machine) == fits and net.flex and sizes[-2:] == [1, 2]
 
 
 def test_a_batch_size_of_zero_is_eight_on_a_cpu_or_what_divides_the_step():
     cfg = config(batch_size=0, batch_tokens=64 * 128)
     cpu = mc.Machine(torch.device("cpu"), torch.float32, False)
-    assert cfg.micro_batch == 8 == train.fit_batch(cfg, None, None, None, cpu)
+    assert cfg.micro_batch == 8 == train.fit_batch(cfg, None, None, None, None, cpu)
     assert config(batch_size=0, batch_tokens=14 * 128).micro_batch == 7
     config(batch_size=0, batch_tokens=14 * 128).check()
     with pytest.raises(UserError, match=r"not a multiple of 128 \(block_size\); try 128"):
