@@ -54,7 +54,7 @@ class Config:
     text: str = ""                   # held-out text, .jsonl (key text) or .txt; "": the validation split of dataset
     dataset: str = ""                # folder of shards: its validation split; words and floors from its training split
     judge: str = ""                  # checkpoint of an autoregressive twin that judges; "": no judged figures
-    masked: str = ""                 # checkpoint of a masked twin to compare with; "": none
+    masked: str = ""                 # checkpoint of a masked twin, of any order or of blocks; "": none
     causal: str = ""                 # checkpoint of an autoregressive twin to compare with; "": none
     out: str = ""                    # folder for quality.json and frontier.png; "": print only
     sequences: int = 4096            # windows for a bound; the text repeats if it is shorter
@@ -135,9 +135,9 @@ def open_twin(name, place, content, device="cpu"):
     if not place:
         return None
     twin, found = load_twin(place, device=device)
-    if (found["kind"] == "masked") != (name == "masked"):
-        wanted = "masked" if name == "masked" else "autoregressive"
-        raise UserError(f"{name}={place} is a twin of kind={found['kind']}; name the {wanted} one")
+    if (found["kind"] == "autoregressive") == (name == "masked"):
+        wanted = "a masked" if name == "masked" else "the autoregressive"
+        raise UserError(f"{name}={place} is a twin of kind={found['kind']}; name {wanted} one")
     if found["data"]["tokenizer"] != content["data"]["tokenizer"]:
         raise UserError(f"{name}={place} has another tokenizer than the checkpoint; train both on the same dataset")
     size, needed = found["config"]["block_size"], content["config"]["block_size"]
@@ -266,11 +266,22 @@ def fill(model, settings, idx, known, seed, batch_size=32):
     return write(model, replace(settings, guidance_scale=1.0), Canvas(idx, known, idx[:, :0]), seed, batch_size)
 
 
-def draw_twin(twin, n, length, steps, temperature, seed, batch_size):
-    """Samples of a twin (n, length), all of one generator."""
-    rng = generator("cpu", seed, "twin", steps, temperature)
+def draw_twin(twin, how, shape, temperature, seed, batch_size):
+    """Samples of a twin, of a shape (n, T), all of one generator; `how` is (block_length, steps of a block)."""
+    (n, T), (length, steps) = shape, how
+    rng = generator("cpu", seed, "twin", length, steps, temperature)
     parts = torch.arange(n).split(batch_size)
-    return torch.cat([twin.sample(len(part), length, steps, temperature, rng).cpu() for part in parts])
+    return torch.cat([twin.sample(len(part), T, steps, temperature, rng, length).cpu() for part in parts])
+
+
+def twin_ways(twin, lengths, steps, T):
+    """(block_length, steps of a block) in which a twin writes T tokens: one after the other, in any order, or in blocks
+    of these lengths."""
+    if twin.kind == "autoregressive":
+        return [(1, 1)]
+    if twin.kind == "masked":
+        return [(0, n) for n in dict.fromkeys((*steps, T))]
+    return [(length, n) for length in lengths for n in (steps if length != 1 else [1])]
 
 
 def draw_unigram(tokens, n, length, seed):
@@ -493,11 +504,11 @@ def systems(cfg, bench, real):
         settings = Sampling(strided=labels["blocks"] == "strided", **chosen)
         yield {"text": "SunFish", **labels}, partial(draw, bench.model, settings, n, *rest)
     for name, twin in bench.twins.items():
-        for steps in [*numbers(cfg.steps, int), T] if name == "masked" else [T]:
+        for length, steps in twin_ways(twin, numbers(cfg.block_length, int), numbers(cfg.steps, int), T):
             for temperature in numbers(cfg.temperatures, float):
-                labels = {"text": f"{name} twin" + ", the judge" * (same and name == "causal"), "calls": steps,
-                          "temperature": temperature}
-                yield labels, partial(draw_twin, twin, n, T, steps, temperature, *rest)
+                labels = {"text": f"{name} twin" + ", the judge" * (same and name == "causal"), "block_length": length,
+                          "steps": steps, "calls": steps * -(-T // (length or T)), "temperature": temperature}
+                yield labels, partial(draw_twin, twin, (length, steps), (n, T), temperature, *rest)
 
 
 def reference_features(cfg, bench, windows):

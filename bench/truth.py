@@ -74,7 +74,9 @@ def likelihood(cfg, bench):
         found = quality.timed({"bound": name}, partial(bound, bench.model, quality.plain(idx), cfg.batch_size, length))
         row(name, found["bound"], found["bound_error"])
     for name, twin in bench.twins.items():
-        row(f"by the {name} twin", *quality.evaluate(twin, idx, cfg.batch_size))
+        for length in quality.numbers(cfg.block_length, int) if twin.kind == "blocks" else [0]:
+            where = f", block_length {length}" if twin.kind == "blocks" else ""
+            row(f"by the {name} twin{where}", *quality.evaluate(twin, idx, cfg.batch_size, length))
     print(f"1. LIKELIHOOD of {len(idx):,} windows of {idx.size(1)} tokens, in nats a token. above: more than the "
           "truth, which is the grammar's own.")
     quality.show(rows, "text_written: nats:.4f nats_error:.4f above:.4f")
@@ -100,8 +102,10 @@ def samples(cfg, bench):
                 draw = partial(quality.draw, bench.model, settings, cfg.samples, *rest)
                 row(f"{name}, {steps} step{'s' * (steps > 1)}", draw, temperature)
         for name, twin in bench.twins.items():
-            make = partial(quality.draw_twin, twin, cfg.samples, bench.windows.size(1), 64, temperature, *rest)
-            row(f"{name} twin", make, temperature)
+            lengths, shape = quality.numbers(cfg.block_length, int), (cfg.samples, bench.windows.size(1))
+            for length, steps in quality.twin_ways(twin, lengths, quality.numbers(cfg.steps, int), shape[1]):
+                make = partial(quality.draw_twin, twin, (length, steps), shape, temperature, *rest)
+                row(f"{name} twin, block_length {length}, {steps} step{'s' * (steps > 1)}", make, temperature)
     print(f"\n2. SAMPLES: {cfg.samples} stories each.\n{quality.ABOUT_STORIES} repeated: share of 4-grams that are "
           "repeats in their window.")
     quality.show(rows, f"written_from_noise: temperature:g repeated:.3f {quality.STORY_COLUMNS}")

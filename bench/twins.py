@@ -1,16 +1,19 @@
 """
-The twins: an autoregressive and a masked diffusion model from SunFish's own layers, for the same text and
-budget.
+The twins: autoregressive and masked diffusion models from SunFish's own layers, for the same text and budget.
 
     python bench/twins.py config/stories.py --kind=autoregressive --out_dir=out/causal
     python bench/twins.py config/stories.py --kind=masked --out_dir=out/masked
+    python bench/twins.py config/stories.py --kind=blocks --out_dir=out/blocks
 
-The same shards, windows in the same order, token vectors, layers, width and optimizer as train.py; no noise, no
-prompt, no self-conditioning. The autoregressive twin sees only the past, and its loss is exact. The masked one
-(MDLM, Sahoo et al. 2024) guesses hidden tokens from the others, in any order, and its loss, weighted by one over
-the share that is hidden, is a bound. Of the settings those of data, network and step count; a twin has one process,
-no averaging, and is saved at its end.
+The same shards, windows in the same order, token vectors, layers, width, optimizer and average as train.py; no noise,
+no prompt, no self-conditioning. The autoregressive twin sees only the past, and its loss is exact. The masked one
+(MDLM, Sahoo et al. 2024) guesses hidden tokens from the others, in any order, and its loss, weighted by one over the
+share that is hidden, is a bound. The one of blocks (BD3-LM, Arriola et al. 2025) has SunFish's two streams, orders and
+mixture of block lengths: hidden tokens of a block beside the clean ones of earlier blocks, so that each row of
+block_length has its pair. Of the settings those of data, network and step count; a twin has one process, and is saved
+at its end.
 """
+import copy
 import dataclasses
 import json
 import math
@@ -28,16 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint as ckpt
 import train
 from configurator import Fault, UserError, one_of, run
-from diffusion import block_order, generator, hash64
+from diffusion import block_order, generator, golden_offset, hash64
 from machine import choose_machine, keep_memory
-from model import GAIN, Layout, SunFish, neighbours
+from model import GAIN, Layout, SunFish, neighbours, training_layout
 
-KINDS = ("autoregressive", "masked")
+KINDS = ("autoregressive", "masked", "blocks")
 
 
 @dataclass(frozen=True)
 class Config(train.Config):
-    kind: str = "autoregressive"         # autoregressive, masked
+    kind: str = "autoregressive"         # autoregressive, masked, blocks
     out_dir: str = "out/twin"            # the checkpoint and log.jsonl go here
 
     def check(self):
@@ -46,8 +49,8 @@ class Config(train.Config):
 
 
 class Twin(nn.Module):
-    """Token ids -> scores, by a SunFish that takes all its tokens for clean. kind is one of KINDS. The scores of a
-    batch stand in memory as a whole: fine for small vocabularies."""
+    """Token ids -> scores, by a SunFish that takes all its tokens for clean but hidden ones. kind is one of KINDS. The
+    scores of a batch stand in memory as a whole: fine for small vocabularies."""
 
     def __init__(self, cfg, vocab_size, log_unigram=None, kind="autoregressive"):
         super().__init__()
@@ -55,26 +58,29 @@ class Twin(nn.Module):
         self.net.schedule.requires_grad_(False)
         self.blank = nn.Parameter(torch.randn(cfg.token_dim))       # stands before the first token, or for a hidden one
 
-    def layout(self, T):
-        """Whom T tokens see: those before, and themselves, or all."""
+    def layout(self, T, order):
+        """Whom T tokens see: those before, and themselves, or all, or what the order (B, T) of blocks says."""
         pos = torch.arange(T, device=self.blank.device)
-        if self.kind == "masked":
-            return Layout(0, pos, None, None, None, None)
+        if self.kind != "autoregressive":
+            return training_layout(order, T, pos.device)
         past, near = pos <= pos[:, None], neighbours(pos[None]) <= pos[None, :, None]
         return Layout(0, pos, past[None, None], None, near, None)
 
-    def hidden(self, idx, blank):
-        """Hidden states (B, T, n_embd) of the tokens idx (B, T). Those where blank (B, T) are hidden from the
-        masked twin; each token of the autoregressive one stands one place later, so that its scores are of the
-        next."""
+    def hidden(self, idx, blank, order=None):
+        """Hidden states (B, T, n_embd) of the tokens idx (B, T). Those where blank (B, T) are hidden from the masked
+        twins; that of blocks sees beside them the clean ones of earlier blocks, by their order (B, T). Each token of
+        the autoregressive one stands one place later, so that its scores are of the next."""
         net = self.net
         E = net.embedding()
         x = torch.where(blank[..., None], self.blank, E[idx])                                      # (B, T, C)
         if self.kind == "autoregressive":
             x = torch.cat((self.blank.expand(len(idx), 1, -1), x[:, :-1]), 1)
+        if self.kind == "blocks":
+            x, order = torch.cat((E[idx], x), 1), torch.zeros_like(idx) if order is None else order
         no_prompt = net.encode_prompt(idx[:, :0], blank[:, :0], E)
         clean = torch.full(idx.shape, math.inf, device=idx.device)                                 # log_snr
-        return net(F.pad(x, (0, net.cfg.token_dim)), clean, self.layout(idx.size(1)), no_prompt)
+        layout = self.layout(idx.size(1), order if self.kind == "blocks" else None)
+        return net(F.pad(x, (0, net.cfg.token_dim)), clean, layout, no_prompt)
 
     def scores(self, h):
         """Scores (..., V) in float32 of hidden states (..., n_embd)."""
@@ -90,10 +96,21 @@ class Twin(nn.Module):
         blank = torch.rand(B, n, generator=rng).argsort(1).argsort(1) < k[:, None]
         return blank, blank * (n / k)[:, None]
 
-    def forward(self, idx, blank, weight):
+    def hide_in_blocks(self, order, rng=None):
+        """As `hide`, k of the n tokens of each block of an order (B, T); those of a sequence have shares that are
+        evenly spread."""
+        same = order[:, :, None] == order[:, None]
+        n, noise = same.sum(-1), torch.rand(order.shape, generator=rng)
+        rank = (same & (noise[:, None] < noise[..., None])).sum(-1)
+        u = (torch.randperm(len(order), generator=rng) + torch.rand(len(order), generator=rng)) / len(order)
+        k = 1 + (golden_offset(u[:, None].double(), order) * n).long().clamp(max=n - 1)
+        blank = rank < k
+        return blank, blank * (n / k)
+
+    def forward(self, idx, blank, weight, order=None):
         """Weighted cross-entropy of each token in nats (B, T), whose mean is the likelihood, or a draw of the
-        masked twin's bound."""
-        return weight * cross_entropy(self.scores(self.hidden(idx, blank)), idx)
+        masked twins' bound."""
+        return weight * cross_entropy(self.scores(self.hidden(idx, blank, order)), idx)
 
     # ---- what bench/quality.py asks for ----
 
@@ -109,15 +126,20 @@ class Twin(nn.Module):
         return self.hidden(idx, torch.zeros_like(idx, dtype=torch.bool))[:, -1]
 
     @torch.no_grad()
-    def predict(self, idx, blank):
-        """Scores (B, T, V) of the tokens idx (B, T), those where blank (B, T) unknown to the masked twin."""
-        return self.scores(self.hidden(idx, blank))
+    def predict(self, idx, blank, order=None):
+        """Scores (B, T, V) of the tokens idx (B, T), those where blank (B, T) unknown to the masked twins."""
+        return self.scores(self.hidden(idx, blank, order))
 
     @torch.no_grad()
     def nll_in_blocks(self, idx, block_length, strided=False, rng=None):
-        """One draw of the masked twin's bound for each token of idx (B, T) given those of earlier blocks, in nats:
-        (B, T). Later blocks are hidden as a whole, k tokens of its own beside them; blocks of 1 are exact."""
+        """One draw of a masked twin's bound for each token of idx (B, T) given those of earlier blocks, in nats: (B,
+        T). From the one of any order later blocks are hidden as a whole, k tokens of its own beside them; blocks of 1
+        are exact."""
         order = block_order(torch.ones_like(idx[0], dtype=torch.bool), block_length, strided)
+        if self.kind == "blocks":
+            order = order.expand(idx.shape)
+            hidden = (x.to(idx.device) for x in self.hide_in_blocks(order.cpu(), rng))
+            return self(idx, *hidden, order)
         nll = torch.zeros(idx.shape, device=idx.device)
         for block in order.unique():
             now = order == block
@@ -128,21 +150,24 @@ class Twin(nn.Module):
             nll[:, now] = weight.to(idx.device) * cross_entropy(scores, idx[:, now])
         return nll
 
-    def sample(self, n, length, steps, temperature=1.0, rng=None):
-        """Texts (n, length), drawn on the CPU generator rng: token by token, or by unmasking in `steps` equal parts
-        of time (ancestral sampling, Sahoo et al. 2024), where each hidden token is written with probability 1 /
-        (steps left)."""
-        one_by_one, place = self.kind == "autoregressive", torch.arange(length)
+    def sample(self, n, length, steps, temperature=1.0, rng=None, block_length=0):
+        """Texts (n, length), drawn on the CPU generator rng: token by token, or block by block, unmasked in `steps`
+        equal parts of time (ancestral sampling, Sahoo et al. 2024), where each hidden token is written with
+        probability 1 / (steps left)."""
+        block_length = 1 if self.kind == "autoregressive" else block_length
+        order = block_order(torch.ones(length, dtype=torch.bool), block_length)
         idx, blank = torch.zeros(n, length, dtype=torch.int64), torch.ones(n, length, dtype=torch.bool)
-        for i in range(length if one_by_one else steps):
-            drawn = (place == i).expand(n, -1) if one_by_one else torch.rand(n, length, generator=rng) < 1 / (steps - i)
-            now = blank & drawn
-            rows = now.any(1)                   # the others' calls, which change nothing, are saved
-            if rows.any():
-                scores = self.predict(idx[rows].to(self.blank.device), blank[rows].to(self.blank.device))
-                p = (scores / temperature).softmax(-1).cpu()
-                idx[now] = torch.multinomial(p[now[rows]], 1, generator=rng).flatten()
-                blank &= ~now
+        for block in order.unique():
+            here = order == block
+            left = steps if here.sum() > 1 else 1
+            for i in range(left):
+                now = blank & here & (torch.rand(n, length, generator=rng) < 1 / (left - i))
+                rows = now.any(1)               # the others' calls, which change nothing, are saved
+                if rows.any():
+                    inputs = (x.to(self.blank.device) for x in (idx[rows], blank[rows], order.expand(n, -1)[rows]))
+                    p = (self.predict(*inputs) / temperature).softmax(-1).cpu()
+                    idx[now] = torch.multinomial(p[now[rows]], 1, generator=rng).flatten()
+                    blank &= ~now
         return idx
 
 
@@ -163,12 +188,17 @@ def load_twin(place, device="cpu"):
 
 
 @torch.no_grad()
-def evaluate(twin, idx, batch_size):
-    """Nats a token of the windows idx (N, T), and the standard error; of the masked twin from fixed draws."""
+def evaluate(twin, idx, batch_size, block_length=0):
+    """Nats a token of the windows idx (N, T), and the standard error; of a masked twin from fixed draws, written in
+    blocks of that length if it is the one of blocks."""
     parts = []
     for i, part in enumerate(idx.split(batch_size)):
-        hidden = twin.hide(*part.shape, generator("cpu", "bound", i))
-        parts.append(twin(part, *(x.to(idx.device) for x in hidden)).double().mean(1))
+        rng = generator("cpu", "bound", i)
+        if twin.kind == "blocks":
+            nll = twin.nll_in_blocks(part, block_length, rng=rng)
+        else:
+            nll = twin(part, *(x.to(idx.device) for x in twin.hide(*part.shape, rng)))
+        parts.append(nll.double().mean(1))
     nll = torch.cat(parts)
     return nll.mean().item(), (nll.std() / len(nll) ** 0.5).item()
 
@@ -179,10 +209,13 @@ def train_step(twin, optimizer, batches, cfg, step, machine):
     """One optimizer step: the mean loss of a token in nats. Fault if it or the gradient is not finite."""
     total = 0.0
     for rows in cfg.micro_batches():
-        idx = next(batches).idx
-        hidden = twin.hide(*idx.shape, generator("cpu", cfg.seed, step, rows[0]))
+        batch, rng = next(batches), generator("cpu", cfg.seed, step, rows[0])
+        idx, order = batch.idx, batch.order if twin.kind == "blocks" else None
+        if twin.kind == "blocks":
+            order = torch.zeros_like(idx) if order is None else order
+        hidden = twin.hide(*idx.shape, rng) if order is None else twin.hide_in_blocks(order.cpu(), rng)
         with machine.autocast():
-            loss = twin(idx, *(x.to(machine.device) for x in hidden)).sum() / cfg.batch_tokens
+            loss = twin(idx, *(x.to(machine.device) for x in hidden), order).sum() / cfg.batch_tokens
         loss.backward()
         total += loss.item()
     grad_norm = nn.utils.clip_grad_norm_(twin.parameters(), cfg.grad_clip or math.inf).item()
@@ -202,6 +235,7 @@ def main(cfg):
     data, train_data, val_data = train.open_data(cfg)
     torch.manual_seed(hash64(cfg.seed, "weights"))
     twin = Twin(cfg, data["vocab_size"], train_data.log_unigram(), cfg.kind).to(machine.device)
+    average = copy.deepcopy(twin).requires_grad_(False)
     if machine.compiled:
         train.compile_parts(twin.net)
     optimizer = train.make_optimizer(twin, cfg)
@@ -212,15 +246,16 @@ def main(cfg):
         for step in range(cfg.max_steps):
             train.set_learning_rate(optimizer, cfg, step)
             loss, done = train_step(twin, optimizer, batches, cfg, step, machine), step + 1
+            train.update_ema(average, twin, cfg.ema_decay, step)
             if done == cfg.max_steps or cfg.eval_interval and done % cfg.eval_interval == 0:
-                bound, error = evaluate(twin, val, cfg.micro_batch)
+                bound, error = evaluate(average, val, cfg.micro_batch, cfg.block_length)
                 row = dict(step=done, tokens=done * cfg.batch_tokens, loss=loss, bound=bound, bound_error=error,
                            seconds=time.perf_counter() - clock)
                 print("step {step} {tokens:,} tokens: loss {loss:.3f}, validation {bound:.3f} +- {bound_error:.3f} "
                       "nats a token, {seconds:.0f} s".format(**row))
                 log.write(json.dumps(row) + "\n")
     content = dict(step=cfg.max_steps, kind=cfg.kind, config=dataclasses.asdict(cfg), data=data)
-    ckpt.write(folder / f"twin_{cfg.max_steps:08d}.pt", dict(content, model=twin.state_dict()))
+    ckpt.write(folder / f"twin_{cfg.max_steps:08d}.pt", dict(content, model=average.state_dict()))
 
 
 if __name__ == "__main__":

@@ -74,9 +74,10 @@ def test_the_masked_twin_sees_what_is_not_hidden():
         assert (change > 1e-4) == (not blank[0, i]), i
 
 
+@pytest.mark.parametrize("kind", ["masked", "blocks"])
 @pytest.mark.parametrize("length, strided", [(1, False), (4, False), (4, True), (0, False)])
-def test_the_masked_twin_knows_earlier_blocks_and_some_of_its_own(length, strided):
-    twin, _ = make_twin("masked", awake=True)
+def test_the_masked_twins_know_earlier_blocks_and_some_of_their_own(kind, length, strided):
+    twin, _ = make_twin(kind, awake=True)
     idx = torch.randint(50, (2, 12))
     other, order = idx.clone(), diffusion.block_order(torch.ones(12, dtype=torch.bool), length, strided)
     other[:, 6] = (idx[:, 6] + 1) % 50
@@ -89,9 +90,10 @@ def test_the_masked_twin_knows_earlier_blocks_and_some_of_its_own(length, stride
     assert len(inside) == {1: 0, 4: 3, 0: 11}[length] and (inside > 1e-4).all()
 
 
+@pytest.mark.parametrize("kind", ["masked", "blocks"])
 @pytest.mark.parametrize("length", [None, 1, 5, 0])
-def test_the_bound_of_the_masked_twin_on_independent_tokens_is_their_entropy(length):
-    twin, log_p = make_twin("masked")
+def test_the_bound_of_the_masked_twins_on_independent_tokens_is_their_entropy(kind, length):
+    twin, log_p = make_twin(kind)
     rng = torch.Generator().manual_seed(5)
     idx = torch.multinomial(log_p.exp(), 600 * 12, replacement=True, generator=rng).view(600, 12)
     if length is None:
@@ -108,13 +110,38 @@ def test_the_masked_twin_hides_every_number_of_tokens_equally_often():
     assert torch.allclose(weight[blank], (12 / blank.sum(1, keepdim=True)).expand(-1, 12)[blank])
 
 
+def test_the_twin_of_blocks_hides_every_number_of_tokens_of_a_block_equally_often():
+    """Of blocks of any size, given tokens too: they are a block, the first."""
+    order = torch.tensor([-1, 0, 0, 0, 1, -1, 1, 1, 1, 2, 2, 3])
+    blank, weight = make_twin("blocks")[0].hide_in_blocks(order.expand(6000, -1), torch.Generator().manual_seed(5))
+    for block in order.unique():
+        here = order == block
+        n, k = int(here.sum()), blank[:, here].sum(1)
+        assert (torch.bincount(k, minlength=n + 1)[1:] * n / 6000 - 1).abs().max() < 0.02 and k.min() == 1
+        assert torch.allclose(weight[:, here], blank[:, here] * (n / k)[:, None])
+        assert (blank[:, here].float().mean(0) - (n + 1) / 2 / n).abs().max() < 0.03
+
+
+def test_the_twin_of_blocks_learns_from_all_blocks_at_once_what_one_after_the_other_says():
+    """A block with the clean ones before it, in one pass of two streams, is what the same network says alone of it."""
+    twin, _ = make_twin("blocks", awake=True)
+    idx, order = torch.randint(50, (2, 12)), torch.arange(12).expand(2, -1) // 4
+    blank, _ = twin.hide_in_blocks(order, torch.Generator().manual_seed(1))
+    together = twin.predict(idx, blank, order)
+    for block in range(3):
+        later = torch.where(order > block, (idx + 1) % 50, idx)         # and hidden there: neither is seen
+        alone = twin.predict(later, blank | (order > block), order)
+        assert torch.allclose(alone[order == block], together[order == block], atol=1e-5)
+
+
 def test_the_twins_draw_from_what_they_say():
-    """Untrained they say the unigram distribution, of each token; the masked one has all written at its last step."""
-    for kind, steps in (("autoregressive", 0), ("masked", 3)):
+    """Untrained they say the unigram distribution, of each token; the masked ones have all written at their last
+    step."""
+    for kind, steps, length in (("autoregressive", 0, 0), ("masked", 3, 0), ("blocks", 3, 4), ("blocks", 2, 0)):
         twin, log_p = make_twin(kind)
         with torch.no_grad():
-            text = twin.sample(400, 12, steps, rng=torch.Generator().manual_seed(1))
-            sharp = twin.sample(20, 12, steps, temperature=0.01, rng=torch.Generator().manual_seed(1))
+            text = twin.sample(400, 12, steps, rng=torch.Generator().manual_seed(1), block_length=length)
+            sharp = twin.sample(20, 12, steps, 0.01, torch.Generator().manual_seed(1), length)
         assert (torch.bincount(text.flatten(), minlength=50) / text.numel() - log_p.exp()).abs().max() < 0.02, kind
         assert (sharp == log_p.argmax()).all()
 
@@ -129,7 +156,7 @@ def test_a_twin_is_trained_saved_and_loaded(kind, shards, tmp_path):
     assert [row["step"] for row in rows] == [30, 60] and rows[1]["bound"] < rows[0]["bound"] - 0.02
     twin, content = twins.load_twin(tmp_path / "twin")
     idx = Dataset(shards, "val", ckpt.model_config(content), 300).spread(64).idx
-    assert twins.evaluate(twin, idx, 4)[0] == pytest.approx(rows[1]["bound"], abs=1e-4)
+    assert twins.evaluate(twin, idx, 4, 8)[0] == pytest.approx(rows[1]["bound"], abs=1e-4)      # SIZE has blocks of 8
     assert content["kind"] == kind and twin.features(idx[:1]).shape == (1, 32)
     assert "already holds a twin" in call(args, code=2).stderr
     with pytest.raises(configurator.UserError, match="holds no twin"):

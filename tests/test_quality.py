@@ -173,10 +173,11 @@ def twin(shards, monkeypatch, tmp_path):
     """The place of a twin, its checkpoint as load_twin would return it, and a package mauve that compares means."""
     spec = read_meta(shards)
     content = {"kind": "autoregressive", "data": {"tokenizer": spec["tokenizer"]}, "config": {"block_size": 16}}
-    judge = Judge(uniform(spec["vocab_size"]))
 
     def load_twin(place, device):
-        return judge, {**content, "kind": "masked"} if "masked" in str(place) else content
+        judge = Judge(uniform(spec["vocab_size"]))
+        judge.kind = "masked" if "masked" in str(place) else "autoregressive"
+        return judge, {**content, "kind": judge.kind}
     monkeypatch.setattr(quality, "load_twin", load_twin)
     monkeypatch.setattr(quality, "evaluate", lambda *_: (1.25, 0.5))
     monkeypatch.setitem(sys.modules, "mauve", SimpleNamespace(compute_mauve=compare_means))
