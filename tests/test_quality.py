@@ -34,7 +34,7 @@ class Judge:
     def nll_in_blocks(self, idx, block_length, strided, rng):
         return self.nll(idx) + block_length + 0.5 * strided
 
-    def sample(self, n, length, steps, temperature, rng):
+    def sample(self, n, length, steps, temperature, rng, block_length):
         return torch.multinomial(self.log_p.exp(), n * length, replacement=True, generator=rng).view(n, length)
 
     def predict(self, idx, hidden):
@@ -176,7 +176,7 @@ def twin(shards, monkeypatch, tmp_path):
 
     def load_twin(place, device):
         judge = Judge(uniform(spec["vocab_size"]))
-        judge.kind = "masked" if "masked" in str(place) else "autoregressive"
+        judge.kind = "masked" if "masked" in str(place) else content["kind"]
         return judge, {**content, "kind": judge.kind}
     monkeypatch.setattr(quality, "load_twin", load_twin)
     monkeypatch.setattr(quality, "evaluate", lambda *_: (1.25, 0.5))
