@@ -43,6 +43,7 @@ ABOUT_STORIES = ("sentences, stories: shares that the grammar of fables.txt coul
                  "entropy, 10 in\nthe grammar. different: share of different stories. learnt: share that stands in the "
                  "training text. broken first:\nwhat goes wrong first, and how often.")
 STORY_COLUMNS = "sentences:.3f stories:.3f stories_error:.3f plots:.1f different:.3f learnt:.3f broken_first:"
+AS_RUN = 256                       # windows for the bound of the sampler's own steps, each of which is a pass
 TRAINING_TOKENS = 2_000_000        # of the training split, read for its words and for the floors
 LISTS = {"block_length": (int, 0, 10**6), "strided": (int, 2, 10**6), "steps": (int, 1, 10**6),
          "temperatures": (float, 0.01, 100), "eta": (float, 0, 1), "guidance": (float, 0, 100)}
@@ -428,12 +429,44 @@ def ce_by_noise(model, idx, block_length, batch_size, levels=16):
     return rows
 
 
+@torch.no_grad()
+def bound_as_run(model, idx, block_length, strided, steps, rng):
+    """Nats of each token of idx (B, T), at most: the bound of the sampler's own steps, its guess carried from one to
+    the next (eta 1, temperature 1). The noise falls as q(x_s | x_t, x_0) says: reverse_step with the true x_0."""
+    indices, alpha_bar, E = diffusion.step_indices(model.cfg.timesteps, steps), model.alpha_bar(), model.embedding()
+    texts = plain(idx)
+    order = diffusion.block_order(texts.loss_mask, block_length, strided)
+    order = order if order.max() else None                          # one block
+    prompt, x_0, guess = model.encode_prompt(texts.prompt, texts.prompt_mask, E), E[idx], None
+    snr, a = alpha_bar / (1 - alpha_bar), alpha_bar[-1]
+    x_t = diffusion.add_noise(x_0, torch.full_like(idx, indices[0]), alpha_bar, diffusion.randn(x_0, rng))
+    nats = 0.5 * (a * x_0.double().square().sum(-1) - x_0.size(-1) * (a + torch.log1p(-a)))
+    for t, s in zip(indices[:-1], indices[1:], strict=True):
+        level = diffusion.log_snr(torch.full_like(idx, t), alpha_bar)
+        h = model.denoise(x_0, x_t, level, order, prompt, E, guess)
+        guess, logits = model.predict(h, x_t, level, E)
+        if s:
+            nats += 0.5 * (snr[s] - snr[t]) * (x_0 - guess).double().square().sum(-1)
+            x_t = diffusion.reverse_step(x_t, x_0, t, s, alpha_bar, 1.0, diffusion.randn(x_0, rng))
+    return nats + cross_entropy(logits, idx)
+
+
+def as_run(model, idx, batch_size, block_length, strided, steps):
+    """bound_as_run of the first AS_RUN windows of idx (N, T), on the CPU: the mean of each."""
+    draw = partial(bound_as_run, model, block_length=block_length, strided=strided, steps=steps,
+                   rng=generator(model.wte.device, "as run", block_length, steps))
+    return in_batches(draw, batch_size, idx[:AS_RUN], device=model.wte.device).mean(1)
+
+
 def bound_row(cfg, bench, idx, length, blocks):
     """A row of the likelihood table: the bounds of writing idx (N, T) in blocks of this length."""
     strided, texts = blocks == "strided", plain(idx)
     row = {"block_length": length, "blocks": blocks, **bound(bench.model, texts, cfg.batch_size, length, strided)}
     if length != 1:
         row["independent"] = bound(bench.model, texts, cfg.batch_size, length, strided, steps=1)["bound"]
+        for steps in numbers(cfg.steps, int):
+            nats = as_run(bench.model, idx, cfg.batch_size, length, strided, steps)
+            row |= mean(f"in_{steps}_steps", nats)
     if "masked" in bench.twins:
         draw_bound = partial(bench.twins["masked"].nll_in_blocks, block_length=length, strided=strided,
                              rng=generator("cpu", "masked", length))
@@ -471,8 +504,11 @@ def likelihood(cfg, bench):
     print("\nblock_length: tokens denoised together, over all noise levels (0: the window; 1: one, in one step).\n"
           "blocks: of neighbours, from left to right, or strided, spread over the text.\n"
           "independent: the same blocks in one step from pure noise, each token by itself; joint denoising gains\n"
-          "what it is above the bound. masked twin: its bound, in those blocks.")
-    show(rows, "block_length:d blocks: bound:.3f bound_error:.3f independent:.3f masked_twin:.3f masked_twin_error:.3f")
+          "what it is above the bound. in n steps: the bound of the sampler's own n steps a block, on up to "
+          f"{AS_RUN} windows.\nmasked twin: its bound, in those blocks.")
+    own_steps = " ".join(f"in_{steps}_steps:.3f" for steps in numbers(cfg.steps, int))
+    show(rows, "block_length:d blocks: bound:.3f bound_error:.3f independent:.3f "
+               f"{own_steps} masked_twin:.3f masked_twin_error:.3f")
     row["ce_by_noise"] = ce_by_noise(model, idx[::-(-len(idx) // 256)], own, cfg.batch_size)
     print("\nCross-entropy in nats a token at noise of index t: the network's, and the best context-free one.")
     show(row["ce_by_noise"], "t:d network:.3f without_context:.3f")

@@ -73,6 +73,9 @@ def likelihood(cfg, bench):
         name = {0: "as a whole window", 1: "token by token"}.get(length, f"in blocks of {length}")
         found = quality.timed({"bound": name}, partial(bound, bench.model, quality.plain(idx), cfg.batch_size, length))
         row(name, found["bound"], found["bound_error"])
+        for steps in quality.numbers(cfg.steps, int) if length != 1 else ():
+            nats = quality.mean("nats", quality.as_run(bench.model, idx, cfg.batch_size, length, False, steps))
+            row(f"{name}, the sampler's {steps} steps", *nats.values())
     for name, twin in bench.twins.items():
         for length in quality.numbers(cfg.block_length, int) if twin.kind == "blocks" else [0]:
             where = f", block_length {length}" if twin.kind == "blocks" else ""

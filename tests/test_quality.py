@@ -288,3 +288,36 @@ def test_a_twin_of_other_tokens_or_shorter_windows_is_refused(change, words, tra
     twin[1].update(change)
     out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={twin[0]}", *SMALL], code=2)
     assert words in out.stderr and out.stderr.count("\n") == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length, strided", [(0, False), (4, False), (4, True)])
+def test_the_bound_of_the_sampler_as_it_runs_is_the_bound_of_so_many_steps(small, length, strided):
+    """Untrained, the network says of each token exactly what its noise says, and reads no guess: then carrying it
+    changes nothing, and the bound is the entropy of independent tokens as the steps become many."""
+    torch.nn.init.zeros_(small.head.weight)
+    torch.nn.init.zeros_(small.head.bias)
+    small.in_proj.weight[:, 16:].zero_()
+    log_p = small.log_unigram[:50]
+    idx = torch.multinomial(log_p.exp(), 200 * 12, replacement=True, generator=torch.Generator().manual_seed(3))
+    idx, found = idx.view(200, 12), {}
+    for steps in (1, 4, 16, 100):
+        found[steps] = quality.mean("nats", quality.as_run(small, idx, 50, length, strided, steps))
+        want = quality.bound(small, quality.plain(idx), 50, length, strided, steps)
+        assert abs(found[steps]["nats"] - want["bound"]) < 4 * (found[steps]["nats_error"] + want["bound_error"])
+    entropy = -log_p[idx].mean()
+    assert found[4]["nats"] > found[16]["nats"] > entropy - 0.05 and abs(found[100]["nats"] - entropy) < 0.1
+
+
+@torch.no_grad()
+def test_the_guess_that_the_bound_carries_is_the_last_steps(small, monkeypatch):
+    """As the sampler hands it on: none in the first step, then what was said last."""
+    given, said, denoise, predict = [], [], small.denoise, small.predict
+    monkeypatch.setattr(small, "denoise", lambda *inputs: given.append(inputs[6]) or denoise(*inputs))
+
+    def heard(*inputs):
+        said.append(predict(*inputs))
+        return said[-1]
+    monkeypatch.setattr(small, "predict", heard)
+    quality.as_run(small, torch.randint(50, (2, 12)), 2, 4, False, 3)
+    assert given[0] is None and [x is y for x, (y, _) in zip(given[1:], said, strict=False)] == [True, True]

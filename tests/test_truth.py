@@ -89,8 +89,9 @@ def test_the_tables_are_printed_and_a_bound_below_the_truth_is_a_fault(tales, mo
             "--sequences=8", "--samples=4", "--block_length=1,16,0", "--steps=2"]
     out = call([*args, f"--out={tales / 'tables'}"]).stdout
     found = json.loads((tales / "tables" / "truth.json").read_text())
-    assert [row["text_written"] for row in found["likelihood"]] == ["by the grammar", "token by token",
-                                                                    "in blocks of 16", "as a whole window"]
+    assert [row["text_written"] for row in found["likelihood"]] == [
+        "by the grammar", "token by token", "in blocks of 16", "in blocks of 16, the sampler's 2 steps",
+        "as a whole window", "as a whole window, the sampler's 2 steps"]
     assert 0.3 < found["likelihood"][0]["nats"] < 0.6 and all(row["above"] > 1 for row in found["likelihood"][1:])
     assert [row["stories"] for row in found["samples"]] == [1, 0, 0, 0, 0, 0, 0]
     assert len(found["completions"]) == 5 and "another's rest" in out and "above" in out
