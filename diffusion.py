@@ -71,8 +71,8 @@ def from_betas(betas):
 # ---- noise ----
 
 def per_token(values, x):
-    """values (), (B,) or (B, T), shaped to multiply x (B, T, C), in its dtype and on its device; a single one is a
-    number wherever it is."""
+    """values (), (B,) or (B, T), shaped to multiply x (B, T, C), in its dtype and on its device. A single value
+    stays as it is."""
     if values.ndim == 0:
         return values
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).to(x.dtype).to(x.device)
@@ -231,13 +231,15 @@ def likelihood_bound(predict, E, idx, alpha_bar, t, rng=None):
     reconstruction = F.cross_entropy(logits.flatten(0, 1), idx.flatten(), reduction="none").view_as(idx)
     reconstruction = reconstruction.cpu().double()
     diffusion = torch.zeros_like(reconstruction)
-    a = alpha_bar.cpu()
-    if len(a) > 2:
+    table = alpha_bar.cpu()
+    if len(table) > 2:
         x_0_hat, _ = noised(t.to(idx.device))
-        snr, t = a / (1 - a), t.cpu()
+        snr, t = table / (1 - table), t.cpu()
         error = (x_0 - x_0_hat).cpu().double().square().sum(-1)                        # (B, T)
-        diffusion = (len(a) - 2) / 2 * (snr[t - 1] - snr[t]) * error
-    a = a[-1]
-    squared_norm = x_0.cpu().double().square().sum(-1)
-    prior = 0.5 * (a * squared_norm - x_0.size(-1) * (a + torch.log1p(-a)))            # s^2 - 1 = -a
-    return Bound(reconstruction, diffusion, prior)
+        diffusion = (len(table) - 2) / 2 * (snr[t - 1] - snr[t]) * error
+    return Bound(reconstruction, diffusion, prior_kl(x_0.cpu(), table[-1]))
+
+
+def prior_kl(x_0, a):
+    """KL of q(x_t | x_0) from the normal distribution in nats, for x_0 (B, T, C) at alpha_bar a: (B, T)."""
+    return 0.5 * (a * x_0.double().square().sum(-1) - x_0.size(-1) * (a + torch.log1p(-a)))    # s^2 - 1 = -a

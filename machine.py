@@ -87,7 +87,7 @@ def choose_dtype(name, device):
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "mps":
-        has_bf16 = False                                    # float32 is what was thought through
+        has_bf16 = False
     else:
         has_bf16 = sys.platform == "linux" and re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text())
     if name == "auto":

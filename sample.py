@@ -55,7 +55,7 @@ class Config(Sampling):
     seq_len: int = 0                 # tokens to write; 0 is all that the window of the network leaves
     batch_size: int = 8              # samples at a time; in float32 it does not change them
     seed: int = 1                    # same seed, same text
-    device: str = "auto"             # auto, cpu, cuda
+    device: str = "auto"             # auto, cpu, cuda, mps
     dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
     quantize: str = "none"           # none, int8: of the weights, which saves memory and not time
     json: bool = False               # one JSON object a sample

@@ -73,7 +73,7 @@ class Config(ModelConfig):
     conditioning_dropout: float = 0.1  # share of prompts withheld, for guidance; 1 trains without prompts
     # machine
     seed: int = 1                      # of weights, data order and noise
-    device: str = "auto"               # auto, cpu, cuda, cuda:1
+    device: str = "auto"               # auto, cpu, cuda, cuda:1, mps
     parallel: str = "auto"             # auto, ddp, fsdp: of torchrun's processes; auto: fsdp if the GPU is too small
     dtype: str = "auto"                # auto, float32, bfloat16: of the matrix products
     compile: str = "auto"              # auto, true, false: torch.compile

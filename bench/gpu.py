@@ -265,10 +265,7 @@ def take_step(net, some, machine):
     net.zero_grad()
     hook = net.register_forward_hook(lambda *call: hidden.append(call[2].detach()))
     for batch in some:
-        with machine.autocast():
-            loss, fit = train.DiffusionLoss(net)(batch)
-        (loss + fit).backward()
-        total += loss.item()
+        total += train.backward(train.DiffusionLoss(net), batch, machine).item()
     hook.remove()
     grads = [p.grad.flatten() for name, p in net.named_parameters() if p.grad is not None and name != "schedule"]
     return Step(total, torch.cat(grads).double().cpu(), hidden[-1].double().cpu())

@@ -438,9 +438,9 @@ def bound_as_run(model, idx, block_length, strided, steps, rng):
     order = diffusion.block_order(texts.loss_mask, block_length, strided)
     order = order if order.max() else None                          # one block
     prompt, x_0, guess = model.encode_prompt(texts.prompt, texts.prompt_mask, E), E[idx], None
-    snr, a = alpha_bar / (1 - alpha_bar), alpha_bar[-1]
+    snr = alpha_bar / (1 - alpha_bar)
     x_t = diffusion.add_noise(x_0, torch.full_like(idx, indices[0]), alpha_bar, diffusion.randn(x_0, rng))
-    nats = 0.5 * (a * x_0.double().square().sum(-1) - x_0.size(-1) * (a + torch.log1p(-a)))
+    nats = diffusion.prior_kl(x_0, alpha_bar[-1])
     for t, s in zip(indices[:-1], indices[1:], strict=True):
         level = diffusion.log_snr(torch.full_like(idx, t), alpha_bar)
         h = model.denoise(x_0, x_t, level, order, prompt, E, guess)

@@ -86,25 +86,17 @@ class Twin(nn.Module):
         """Scores (..., V) in float32 of hidden states (..., n_embd)."""
         return (self.net.head(GAIN * h) + self.net.log_unigram).float()
 
-    def hide(self, B, n, rng=None):
-        """Which of n tokens to hide, and the weight of each in the bound: two of (B, n). The masked twin hides k of
-        them, equally often 1 to n, at weight n / k: MDLM's integral over the masking rate, done exactly."""
+    def hide(self, order, rng=None):
+        """Which tokens to hide, and the weight of each in the bound: two of (B, T). A masked twin hides k of the n
+        tokens of each block of an order (B, T), equally often 1 to n, at weight n / k: MDLM's integral over the masking
+        rate, done exactly. The shares of a sequence's blocks, and of the sequences, are evenly spread."""
         if self.kind == "autoregressive":
-            return torch.zeros(B, n, dtype=torch.bool), torch.ones(B, n)
-        u = (torch.randperm(B, generator=rng) + torch.rand(B, generator=rng)) / B                  # stratified
-        k = 1 + (u * n).long().clamp(max=n - 1)
-        blank = torch.rand(B, n, generator=rng).argsort(1).argsort(1) < k[:, None]
-        return blank, blank * (n / k)[:, None]
-
-    def hide_in_blocks(self, order, rng=None):
-        """As `hide`, k of the n tokens of each block of an order (B, T); those of a sequence have shares that are
-        evenly spread."""
-        same = order[:, :, None] == order[:, None]
+            return torch.zeros_like(order, dtype=torch.bool), torch.ones(order.shape)
+        B, same = len(order), order[:, :, None] == order[:, None]
+        u = (torch.randperm(B, generator=rng) + torch.rand(B, generator=rng)) / B
         n, noise = same.sum(-1), torch.rand(order.shape, generator=rng)
-        rank = (same & (noise[:, None] < noise[..., None])).sum(-1)
-        u = (torch.randperm(len(order), generator=rng) + torch.rand(len(order), generator=rng)) / len(order)
-        k = 1 + (golden_offset(u[:, None].double(), order) * n).long().clamp(max=n - 1)
-        blank = rank < k
+        k = 1 + (golden_offset(u[:, None], order) * n).long().clamp(max=n - 1)
+        blank = (same & (noise[:, None] < noise[..., None])).sum(-1) < k         # the k of the least noise
         return blank, blank * (n / k)
 
     def forward(self, idx, blank, weight, order=None):
@@ -117,7 +109,7 @@ class Twin(nn.Module):
     @torch.no_grad()
     def nll(self, idx):
         """Nats of each token of idx (B, T) given those before it, by the autoregressive twin: (B, T)."""
-        blank, weight = self.hide(*idx.shape)
+        blank, weight = self.hide(torch.zeros_like(idx, device="cpu"))
         return self(idx, blank.to(idx.device), weight.to(idx.device))
 
     @torch.no_grad()
@@ -138,13 +130,13 @@ class Twin(nn.Module):
         order = block_order(torch.ones_like(idx[0], dtype=torch.bool), block_length, strided)
         if self.kind == "blocks":
             order = order.expand(idx.shape)
-            hidden = (x.to(idx.device) for x in self.hide_in_blocks(order.cpu(), rng))
+            hidden = (x.to(idx.device) for x in self.hide(order.cpu(), rng))
             return self(idx, *hidden, order)
         nll = torch.zeros(idx.shape, device=idx.device)
         for block in order.unique():
             now = order == block
             blank = (order > block).expand(idx.shape).clone()
-            some, weight = self.hide(len(idx), int(now.sum()), rng)
+            some, weight = self.hide(torch.zeros(len(idx), int(now.sum()), dtype=torch.int64), rng)
             blank[:, now] = some.to(idx.device)
             scores = self.scores(self.hidden(idx, blank)[:, now])
             nll[:, now] = weight.to(idx.device) * cross_entropy(scores, idx[:, now])
@@ -197,7 +189,8 @@ def evaluate(twin, idx, batch_size, block_length=0):
         if twin.kind == "blocks":
             nll = twin.nll_in_blocks(part, block_length, rng=rng)
         else:
-            nll = twin(part, *(x.to(idx.device) for x in twin.hide(*part.shape, rng)))
+            hidden = twin.hide(torch.zeros_like(part, device="cpu"), rng)
+            nll = twin(part, *(x.to(idx.device) for x in hidden))
         parts.append(nll.double().mean(1))
     nll = torch.cat(parts)
     return nll.mean().item(), (nll.std() / len(nll) ** 0.5).item()
@@ -210,10 +203,9 @@ def train_step(twin, optimizer, batches, cfg, step, machine):
     total = 0.0
     for rows in cfg.micro_batches():
         batch, rng = next(batches), generator("cpu", cfg.seed, step, rows[0])
-        idx, order = batch.idx, batch.order if twin.kind == "blocks" else None
-        if twin.kind == "blocks":
-            order = torch.zeros_like(idx) if order is None else order
-        hidden = twin.hide(*idx.shape, rng) if order is None else twin.hide_in_blocks(order.cpu(), rng)
+        idx, one_block = batch.idx, twin.kind != "blocks" or batch.order is None
+        order = torch.zeros_like(idx) if one_block else batch.order
+        hidden = twin.hide(order.cpu(), rng)
         with machine.autocast():
             loss = twin(idx, *(x.to(machine.device) for x in hidden), order).sum() / cfg.batch_tokens
         loss.backward()
