@@ -424,8 +424,7 @@ def backward(model, batch, machine):
 
 
 def warm_up(net, model, batch, cfg, machine):
-    """Compile all that a step may need, on one batch, so that no later step waits for the compiler. Where
-    flex_attention does not compile, attention takes a mask."""
+    """Compile all that a step may need. Where flex_attention does not compile, attention takes a mask."""
     guesses = {cfg.self_conditioning > 0 and cfg.objective == "ce", cfg.self_conditioning == 1}
     for guess in sorted(guesses):
         clock = time.perf_counter()
