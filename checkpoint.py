@@ -25,6 +25,7 @@ from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
 
 FORMAT = 5                                                              # of checkpoints and exports
 CKPT = f"ckpt_{8 * '[0-9]'}.pt"                                        # the files of a run, and not copies beside them
+USUAL = "block_length", "revisions"                                        # settings of sample.py that it keeps
 EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of an export
 
 
@@ -228,6 +229,11 @@ def to_inference(model, device="cpu", dtype=torch.float32, int8=False):
 
 
 # ---- sharing ----
+
+def usual(content):
+    """The settings with which a network of this content is to write, where they are known; older ones lack some."""
+    return {name: content[name] for name in USUAL if content.get(name) is not None}
+
 
 def export(folder, content, **more):
     """Write the averaged network of a checkpoint's content to a folder, with `more` plain values in config.json;

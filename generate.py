@@ -5,6 +5,7 @@ Tokens in, tokens out: a text is written block by block, each denoised beside th
 beginning, a text with blanks all but those; known tokens are simply earlier than all blocks. `bound` measures the
 likelihood of a text that is written in such blocks.
 """
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from diffusion import LATER, sample_constrained_ddim, sample_ddim, sample_ddpm
 from machine import Replay, all_reduce, rank, world_size
 from model import Layout, LayerCache, max_scores, neighbours
 
-BLOCK_STEPS, WINDOW_STEPS = 32, 50      # denoising steps of a block, and of a whole window
+BLOCK_STEPS, WINDOW_STEPS = 8, 32       # denoising steps of a block, and of a whole window
+DOUBT = 0.1                             # a token holds whose probability is above this share of exp(-entropy)
 LONGEST = 12                            # tokens that a blank of open length is tried with, from 1 on
 BEHIND = 24                             # known tokens behind such a blank, at most, that decide which length is best
 
@@ -28,15 +30,16 @@ BEHIND = 24                             # known tokens behind such a blank, at m
 class Sampling:
     block_length: int = 16           # tokens denoised together; 0 the whole window, 1 the autoregressive limit
     strided: bool = False            # spread the tokens of a block evenly over the text, instead of taking neighbours
-    steps: int = 0                   # denoising steps of a block; 0: 32, window 50, single token 1, ddpm all
-    sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim over the whole text, known parts held)
+    steps: int = 0                   # denoising steps of a block; 0: 8, window 32, single token 1, ddpm all
+    sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim with what is known held)
+    revisions: int = 3               # times a block is read again, at most, and what does not hold is rewritten
     eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
-    temperature: float = 0.7         # of what the context says; below 1 is safer and duller
+    temperature: float = 1.0         # of what the context says; below 1 is safer and duller
     guidance_scale: float = 1.0      # weight of the prompt; 1 is the network's own, above 1 heeds it more, 0 ignores it
 
     def check(self):
         one_of(self, "sampler", "ddim", "ddpm", "constrained_ddim")
-        in_range(self, 0, 1e6, "block_length", "steps")
+        in_range(self, 0, 1e6, "block_length", "steps", "revisions")
         in_range(self, 0, 1, "eta")
         in_range(self, 1e-3, 1e3, "temperature")
         in_range(self, 0, 1e3, "guidance_scale")
@@ -55,6 +58,11 @@ class Plan(NamedTuple):
     order: torch.Tensor              # (T,) number of the block in which each token is written; -1 given
     num_blocks: int
     steps: int                       # of each block
+    revisions: int                   # of each block, at most
+
+    @property
+    def most_steps(self):
+        return self.num_blocks * self.steps * (1 + self.revisions)
 
 
 def plan(cfg, model_cfg, known):
@@ -68,7 +76,8 @@ def plan(cfg, model_cfg, known):
         steps = 1                    # a single token is trained at pure noise
     elif steps == 0:
         steps = min(WINDOW_STEPS if cfg.block_length == 0 else BLOCK_STEPS, model_cfg.timesteps)
-    return Plan(order, len(order[~known].unique()), steps)
+    revisions = cfg.revisions if cfg.block_length != 1 and model_cfg.objective == "ce" else 0
+    return Plan(order, len(order[~known].unique()), steps, revisions)
 
 
 class Decoder:
@@ -96,8 +105,8 @@ class Decoder:
         visible = torch.cat((visible, ~visible)[:self.rows])
         self.prompt = model.encode_prompt(prompt.repeat(self.rows, 1), visible, self.E)
         orders = torch.stack((order, torch.where(start, LATER, order))[:self.rows]).to(device)
-        self.order = orders.repeat_interleave(len(rng), 0)                 # (rows * B, T)
-        self.near = neighbours(self.order) <= self.order[..., None]
+        self.planned = orders.repeat_interleave(len(rng), 0)               # (rows * B, T)
+        self.order, self.near = self.planned.clone(), neighbours(self.planned) <= self.planned[..., None]
 
     def hidden(self, clean, here, x_t, log_snr, guess):
         """Hidden states (B, n, n_embd) of noisy tokens x_t (B, n, C) at the last n of the positions here (m + n,); the
@@ -113,39 +122,67 @@ class Decoder:
         h = self.hidden(clean, here, x_t, log_snr, guess)
         return self.model.predict(h, x_t, log_snr, self.E, self.cfg.temperature)
 
-    def write_block(self, pos, steps):
-        """Denoise the tokens at pos (n,) in place. The last step draws them, the others look at the best ones."""
+    def write_block(self, pos, steps, revisions=0):
+        """Write the tokens at pos (n,) in so many steps; then read them, and write again what does not hold."""
+        self.denoise(pos, steps, self.rng)
+        for _ in range(revisions):
+            held = self.read(pos)
+            done = held.all(1).tolist()                     # whose noise then would depend on the others of the batch
+            if all(done):
+                break
+            spare = torch.Generator(held.device)
+            rng = [spare if is_done else own for is_done, own in zip(done, self.rng, strict=True)]
+            self.denoise(pos, steps, rng, held)
+        self.new = pos
+
+    def denoise(self, pos, steps, rng, held=None):
+        """Write the tokens at pos (n,) in place, but for those in held (B, n), which the others see as given. The last
+        step draws them, the others look at the best ones."""
         guess, calls = None, 0
+        is_rewritten = held is not None
+        held = held if is_rewritten else torch.zeros_like(self.tokens[:, pos], dtype=torch.bool)
+        self.order.copy_(self.planned)                      # in place, for recorded steps read it there
+        self.order[:, pos] -= held.repeat(self.rows, 1).long()
+        self.near.copy_(neighbours(self.order) <= self.order[..., None])
 
         def denoise(x_t, t):
             nonlocal guess, calls
-            level, here = self.log_snr[t][:, None].expand(x_t.shape[:2]), torch.cat((self.new, pos))
-            guess, logits = self.predict(self.tokens[:, self.new], here, x_t, level, guess)
+            level, here = torch.where(held, math.inf, self.log_snr[t][:, None]), torch.cat((self.new, pos))
+            x_0_hat, logits = self.predict(self.tokens[:, self.new], here, x_t, level, guess)
+            guess = x_0_hat.masked_fill(held[..., None], 0)
             self.new = self.new[:0]
             calls += 1
-            eta = self.cfg.eta if calls == steps else 0
-            self.tokens[:, pos] = diffusion.draw_tokens(logits, eta, self.rng)
+            drawn = diffusion.draw_tokens(logits, self.cfg.eta if calls == steps else 0, rng)
+            self.tokens[:, pos] = torch.where(held, self.tokens[:, pos], drawn)
             if self.watch:
                 self.watch(int(t[0]), self.tokens, pos, logits)
             return guess
 
-        x, rng = self.vectors[self.tokens], self.rng
-        if self.cfg.sampler == "ddpm":
-            sample_ddpm(denoise, diffusion.randn(x[:, pos], rng), self.alpha_bar, steps, rng)
-        elif self.cfg.sampler == "ddim":
-            sample_ddim(denoise, diffusion.randn(x[:, pos], rng), self.alpha_bar, steps, self.cfg.eta, rng)
+        x_0, eta = self.vectors[self.tokens[:, pos]], self.cfg.eta
+        x_T = diffusion.randn(x_0, rng)
+        if is_rewritten or self.cfg.sampler == "constrained_ddim":
+            sample_constrained_ddim(denoise, x_T, self.alpha_bar, x_0, held, steps, eta, rng)
+        elif self.cfg.sampler == "ddpm":
+            sample_ddpm(denoise, x_T, self.alpha_bar, steps, rng)
         else:
-            held = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device).index_fill(1, pos, False)
-            in_text = partial(denoise_part, denoise, pos)
-            x_T = diffusion.randn(x, rng)
-            sample_constrained_ddim(in_text, x_T, self.alpha_bar, x, held, steps, self.cfg.eta, rng)
-        self.new = pos
+            sample_ddim(denoise, x_T, self.alpha_bar, steps, eta, rng)
 
-
-def denoise_part(denoise, pos, x_t, t):
-    """x_t (B, T, C) with the tokens at pos (n,) denoised, the others as they are."""
-    return x_t.index_copy(1, pos, denoise(x_t[:, pos], t).to(x_t.dtype))
-
+    def read(self, pos):
+        """Where the text at pos (n,) holds, read token by token (B, n): up to the first token that is less likely than
+        DOUBT * exp(-entropy), given the tokens before it and all of earlier blocks (the typical acceptance of Medusa,
+        Cai et al. 2024)."""
+        model, block = self.model, self.planned[:, pos[:1]]
+        order = torch.where(self.planned < block, self.planned, LATER)
+        order[:, pos] = block + torch.arange(len(pos), device=pos.device)
+        T = 1 + int((order < LATER).any(0).nonzero()[-1])
+        x_0, level = self.E[self.tokens[:, :T]].repeat(self.rows, 1, 1), self.log_snr[-1:].expand(len(order), T)
+        nothing = torch.zeros_like(x_0)                     # in the place of noise that says nothing
+        h = model.denoise(x_0, nothing, level, order[:, :T], self.prompt, self.E)[:, pos]
+        h = h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
+        log_p = model.logits(h, nothing[:len(h), pos], level[:len(h), pos], self.E).log_softmax(-1)
+        surprise = -log_p.gather(-1, self.tokens[:, pos, None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return (surprise <= entropy - math.log(DOUBT)).cummin(1).values
 
 @torch.no_grad()
 def generate(model, canvas, cfg, rng, watch=None, eot=None):
@@ -155,13 +192,13 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
     logits) sees the text after each step. With `eot`, writing ends once each text has got this token.
     """
     device = model.wte.device
-    order, _, steps = plan(cfg, model.cfg, canvas.known)
+    order, _, *how = plan(cfg, model.cfg, canvas.known)
     ended = torch.zeros(len(rng), dtype=torch.bool, device=device)
     with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
         decoder = Decoder(model, canvas, cfg, order, rng, watch)
         for block in order[~canvas.known].unique():
             pos = (order == block).nonzero().flatten().to(device)
-            decoder.write_block(pos, steps)
+            decoder.write_block(pos, *how)
             if eot is not None and not cfg.strided:                     # whose blocks leave gaps before the end
                 ended |= ((decoder.tokens[:, pos] == eot) & (pos > 0)).any(1)   # the first token may open the text
                 if ended.all():
@@ -235,8 +272,7 @@ def fill(model, pieces, cfg, rng, watch=None):
         start, canvas = infill_canvas(texts, known, int((~known).nonzero()[0]), model.cfg)
         stop = start + len(canvas.known)
         if watch:
-            planned = plan(cfg, model.cfg, canvas.known)
-            watch.begin(start, canvas.known, planned.num_blocks * planned.steps)
+            watch.begin(start, canvas.known, plan(cfg, model.cfg, canvas.known).most_steps)
         texts[:, start:stop] = generate(model, canvas, cfg, [make() for make in rng], watch).cpu()
         known[start:stop] = True
     return texts.tolist()

@@ -10,6 +10,7 @@ Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a
 """
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -152,7 +153,7 @@ class Watch:
         ids = tokens[0, pos]
         if self.cfg.show:
             self.written[pos.cpu()] = True
-            if sys.stderr.isatty() or self.calls == self.total:
+            if sys.stderr.isatty() or self.calls % math.ceil(self.total / 16) == 0:
                 self.draw(t, tokens[0].tolist())
         if self.cfg.html:
             sure = logits[0].float().softmax(-1).gather(-1, ids[:, None])[:, 0]
@@ -166,7 +167,7 @@ class Watch:
             text += self.tokenizer.decode(part) if is_written else "\u00b7" * len(part)
         text = text.removeprefix(MARK).replace(MARK, " / ")
         clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
-        log(f"{clear}step {self.calls}/{self.total}, noise level {t}\n{' '.join(text.split())}")
+        log(f"{clear}step {self.calls} of at most {self.total}, noise level {t}\n{' '.join(text.split())}")
 
 
 def print_sample(cfg, prompt, number, text, answers):
@@ -203,7 +204,7 @@ def export_network(cfg, path, content, text):
     folder, data = Path(cfg.export), content["data"]
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"export={folder} is there already; choose a new folder")
-    found = {name: content.get(name) for name in ("tokens", "bound", "bound_error", "block_length")}
+    found = {name: content.get(name) for name in ("tokens", "bound", "bound_error", *ckpt.USUAL)}
     log_file = path.parent / "log.jsonl" if path.is_file() else Path()
     for line in log_file.read_text().splitlines() if log_file.is_file() else []:
         row = json.loads(line) if line.endswith("}") else {}           # the last may be cut short
@@ -235,7 +236,8 @@ def say_what(cfg, network, prompts, planned, machine):
     if cfg.mode == "infill" and "guidance_scale" in cfg.given:
         log(f"warning: guidance_scale={cfg.guidance_scale} is not used with --mode=infill")
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
-    log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps, {machine}")
+    again = f", {planned.revisions} revisions at most" if planned.revisions else ""
+    log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps{again}, {machine}")
     if cfg.mode == "generate" and not all(prompt.strip() for prompt in prompts):
         log("no prompt: the samples are unconditional")
         if "guidance_scale" in cfg.given:
@@ -259,10 +261,9 @@ def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
 def main(cfg):
     keep_memory()
     path, content = ckpt.find_network(cfg.checkpoint or "out")
-    if "block_length" not in cfg.given:
-        given, length = cfg.given, content.get("block_length")
-        cfg = replace(cfg, block_length=Sampling.block_length if length is None else length)
-        object.__setattr__(cfg, "given", given)
+    given, usual = cfg.given, {name: value for name, value in ckpt.usual(content).items() if name not in cfg.given}
+    cfg = replace(cfg, **usual)
+    object.__setattr__(cfg, "given", given)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
     model = ckpt.load_model(content, device, dtype, cfg.quantize == "int8")
@@ -294,7 +295,7 @@ def main(cfg):
     for prompt, canvas, planned in zip(prompts, canvases, plans, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            watch = Watch(cfg, tokenizer, canvas.known, planned.num_blocks * planned.steps)
+            watch = Watch(cfg, tokenizer, canvas.known, planned.most_steps)
             made, shown = write_batch(cfg, model, canvas, pieces, numbers, watch, eot)
             tokens += sum(map(len, made)) - len(made) * fixed
             for number, ids in zip(numbers, made, strict=True):

@@ -146,6 +146,11 @@ class Config(ModelConfig):
             return 1 if self.p_single else 0
         return min(Sampling.block_length, 2 ** (self.max_block_length.bit_length() - 1))
 
+    @property
+    def revisions(self):
+        """Times that sample.py has a block read again unless told otherwise; for that single tokens are trained."""
+        return Sampling.revisions if self.p_single else 0
+
     def micro_batches(self):
         """Numbers within the step of the sequences in each batch that this process accumulates."""
         B, N = self.micro_batch, mc.world_size()
@@ -251,7 +256,8 @@ def make_samples(net, cfg, data, tokenizer):
     for i, n in enumerate(given.tolist() if data.is_examples else (0, T // 4, T // 4)):
         idx, prompt = texts.idx[i], texts.prompt[i][texts.prompt_mask[i] & (n > 0)]
         canvas, rng = Canvas(idx, torch.arange(T) < n, prompt), generators(net.wte.device, cfg.seed, [i])
-        made = generate(net, canvas, Sampling(block_length=cfg.block_length), rng)[0, n:]
+        settings = Sampling(block_length=cfg.block_length, revisions=cfg.revisions)
+        made = generate(net, canvas, settings, rng)[0, n:]
         truth = idx[n:][texts.loss_mask[i, n:]]
         cut = cut_at_eot if n else first_document
         made, truth = (cut(ids.tolist(), tokenizer.eot_token) for ids in (made, truth))
@@ -647,7 +653,7 @@ def train(cfg, machine):
     cfg, base = load_base(cfg)
     data, train_data, val_data = open_data(cfg, base)
     tokenizer = get_tokenizer(data["tokenizer"])
-    kept = dict(data=data, block_length=cfg.block_length)   # in each checkpoint
+    kept = dict(data=data, block_length=cfg.block_length, revisions=cfg.revisions)      # in each checkpoint
     if base and cfg.lora_rank:
         kept["base"] = ckpt.fingerprint(base["ema"])
     file = content = None

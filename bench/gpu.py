@@ -390,7 +390,7 @@ def check_replayed(day):
     device, T = day.machine.device, min(64, cfg.block_size)
     canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.arange(T) < 2, torch.arange(4))
     model, differ = ckpt.to_inference(net, device), []
-    for settings in (Sampling(block_length=8, steps=8, guidance_scale=2.0), Sampling(block_length=1)):
+    for settings in (Sampling(block_length=8, steps=8, guidance_scale=2.0, revisions=0), Sampling(block_length=1)):
         write = partial(generate, model, canvas, settings)
         replayed = write(generators(device, day.cfg.seed, range(3)))
         with mock.patch("generate.Replay", lambda f, device: f):
@@ -444,7 +444,7 @@ def check_batching(day):
     device = day.machine.device
     canvas = Canvas(torch.zeros(min(64, cfg.block_size), dtype=torch.int64), None, torch.arange(4))
     canvas = canvas._replace(known=torch.arange(len(canvas.idx)) < 2)
-    write = partial(generate, ckpt.to_inference(net, device), canvas, Sampling(block_length=8, steps=8))
+    write = partial(generate, ckpt.to_inference(net, device), canvas, Sampling(block_length=8, steps=8, revisions=0))
     together = write(generators(device, day.cfg.seed, range(3)))
     alone = torch.cat([write(generators(device, day.cfg.seed, [i])) for i in range(3)])
     return (together != alone).float().mean().item(), 0.02 if day.on_gpu else 0.0
@@ -656,7 +656,7 @@ def sample_jobs(day, model, held_out, eot):
     place, idx = torch.arange(T), held_out.spread(8).idx
     blank = (place >= (T - BLANK) // 2) & (place < (T + BLANK) // 2)
     for length, steps in ((16, 64), (16, 16), (0, 64), (0, 16)):
-        settings, how = Sampling(block_length=length, steps=steps), f"block_length {length}, {steps} steps"
+        settings, how = Sampling(block_length=length, steps=steps, revisions=0), f"block_length {length}, {steps} steps"
         yield f"unprompted, {how}", partial(quality.draw, model, settings, 16, seed), place < 0, None
         if length:
             n = prompts.size(1)

@@ -13,6 +13,7 @@ repetition, spelling, MAUVE (Pillutla et al. 2021), and the same row for real te
 its text.
 """
 import collections
+import itertools
 import json
 import math
 import re
@@ -46,7 +47,8 @@ STORY_COLUMNS = "sentences:.3f stories:.3f stories_error:.3f plots:.1f different
 AS_RUN = 256                       # windows for the bound of the sampler's own steps, each of which is a pass
 TRAINING_TOKENS = 2_000_000        # of the training split, read for its words and for the floors
 LISTS = {"block_length": (int, 0, 10**6), "strided": (int, 2, 10**6), "steps": (int, 1, 10**6),
-         "temperatures": (float, 0.01, 100), "eta": (float, 0, 1), "guidance": (float, 0, 100)}
+         "revisions": (int, 0, 10**6), "temperatures": (float, 0.01, 100), "eta": (float, 0, 1),
+         "guidance": (float, 0, 100)}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Config:
     strided: str = "8"               # the same, for blocks that are spread over the text; "": none
     samples: int = 256               # texts in a row of the sample table, of block_size tokens; 0 leaves it out
     steps: str = "8,16"              # denoising steps of a block, a row each; a single token has one
+    revisions: str = "0,3"           # times a block of several tokens is read again, at most, a row each
     temperatures: str = "0.8,1.0"    # of what the context says, a row each
     eta: str = "1.0"                 # fresh noise at each step, a row each, from 0 (deterministic) to 1
     pairs: int = 128                 # held-out windows for prompts and blanks; 0 leaves both out
@@ -150,8 +153,7 @@ def open_twin(name, place, content, device="cpu"):
 
 def usual(content):
     """The settings with which sample.py writes with the network in a checkpoint's content."""
-    length = content.get("block_length")
-    return Sampling() if length is None else Sampling(block_length=length)
+    return Sampling(**ckpt.usual(content))
 
 
 def open_bench(cfg):
@@ -268,21 +270,32 @@ def fill(model, settings, idx, known, seed, batch_size=32):
 
 
 def draw_twin(twin, how, shape, temperature, seed, batch_size):
-    """Samples of a twin, of a shape (n, T), all of one generator; `how` is (block_length, steps of a block)."""
-    (n, T), (length, steps) = shape, how
+    """Samples of a twin, of a shape (n, T), all of one generator; `how` is (block_length, steps, revisions)."""
+    (n, T), (length, steps, revisions) = shape, how
     rng = generator("cpu", seed, "twin", length, steps, temperature)
     parts = torch.arange(n).split(batch_size)
-    return torch.cat([twin.sample(len(part), T, steps, temperature, rng, length).cpu() for part in parts])
+    return torch.cat([twin.sample(len(part), T, steps, temperature, rng, length, revisions).cpu() for part in parts])
 
 
-def twin_ways(twin, lengths, steps, T):
-    """(block_length, steps of a block) in which a twin writes T tokens: one after the other, in any order, or in blocks
-    of these lengths."""
+def ways(cfg, lengths):
+    """(block_length, steps of a block, revisions) of samples; a single token has one step, and is not read again."""
+    for length in lengths:
+        yield from [(1, 1, 0)] if length == 1 else itertools.product([length], numbers(cfg.steps, int),
+                                                                     numbers(cfg.revisions, int))
+
+
+def most_calls(length, steps, revisions, T):
+    """Network calls for a text of T tokens, at most: each revision of a block reads it once."""
+    return -(-T // (length or T)) * (steps + revisions * (1 + steps))
+
+
+def twin_ways(twin, cfg, T):
+    """The `ways` in which a twin writes T tokens: one after the other, in any order, or in blocks."""
     if twin.kind == "autoregressive":
-        return [(1, 1)]
+        return [(1, 1, 0)]
     if twin.kind == "masked":
-        return [(0, n) for n in dict.fromkeys((*steps, T))]
-    return [(length, n) for length in lengths for n in (steps if length != 1 else [1])]
+        return [(0, n, 0) for n in dict.fromkeys((*numbers(cfg.steps, int), T))]
+    return list(ways(cfg, numbers(cfg.block_length, int)))
 
 
 def draw_unigram(tokens, n, length, seed):
@@ -517,13 +530,11 @@ def likelihood(cfg, bench):
 
 def grid(cfg, T):
     """The labels of SunFish's rows of the sample table."""
-    rows = []
+    rows, rest = [], (numbers(cfg.eta, float), numbers(cfg.temperatures, float))
     for length, blocks in dial(cfg.block_length, cfg.strided):
-        for steps in [1] if length == 1 else numbers(cfg.steps, int):
-            for eta in numbers(cfg.eta, float):
-                calls = steps * -(-T // (length or T))
-                labels = {"block_length": length, "blocks": blocks, "steps": steps, "calls": calls, "eta": eta}
-                rows += [{**labels, "temperature": temperature} for temperature in numbers(cfg.temperatures, float)]
+        for (_, steps, revisions), eta, temperature in itertools.product(ways(cfg, [length]), *rest):
+            rows.append({"block_length": length, "blocks": blocks, "steps": steps, "revisions": revisions, "eta": eta,
+                         "calls": most_calls(length, steps, revisions, T), "temperature": temperature})
     return rows
 
 
@@ -536,15 +547,15 @@ def systems(cfg, bench, real):
     yield {"text": "unigram floor"}, partial(draw_unigram, tokens, n, T, cfg.seed)
     yield {"text": "bigram floor"}, partial(draw_bigram, tokens, n, T, cfg.seed)
     for labels in grid(cfg, T):
-        chosen = {name: labels[name] for name in ("block_length", "steps", "eta", "temperature")}
+        chosen = {name: labels[name] for name in ("block_length", "steps", "revisions", "eta", "temperature")}
         settings = Sampling(strided=labels["blocks"] == "strided", **chosen)
         yield {"text": "SunFish", **labels}, partial(draw, bench.model, settings, n, *rest)
     for name, twin in bench.twins.items():
-        for length, steps in twin_ways(twin, numbers(cfg.block_length, int), numbers(cfg.steps, int), T):
-            for temperature in numbers(cfg.temperatures, float):
-                labels = {"text": f"{name} twin" + ", the judge" * (same and name == "causal"), "block_length": length,
-                          "steps": steps, "calls": steps * -(-T // (length or T)), "temperature": temperature}
-                yield labels, partial(draw_twin, twin, (length, steps), (n, T), temperature, *rest)
+        for how, temperature in itertools.product(twin_ways(twin, cfg, T), numbers(cfg.temperatures, float)):
+            labels = {"text": f"{name} twin" + ", the judge" * (same and name == "causal"),
+                      **dict(zip(("block_length", "steps", "revisions"), how, strict=True)),
+                      "calls": most_calls(*how, T), "temperature": temperature}
+            yield labels, partial(draw_twin, twin, how, (n, T), temperature, *rest)
 
 
 def reference_features(cfg, bench, windows):
@@ -562,7 +573,8 @@ def reference_features(cfg, bench, windows):
 
 def samples(cfg, bench):
     print(f"\n2. SAMPLES: {cfg.samples} texts a row, each of {bench.windows.size(1)} tokens, without a prompt.\n"
-          "steps: denoising steps of a block. calls: of the network for a text, steps times blocks.\n"
+          "steps: denoising steps of a block. revisions: times it is read again, and what does not hold is rewritten.\n"
+          "calls: of the network for a text, at most.\n"
           "perplexity: how surprised the judge is, exp of its mean nats; low for likely text, and for dull text.\n"
           "entropy: of the tokens within a text, in nats, mean over texts; much below real text's is dull.\n"
           "distinct-n: different n-grams / all of the row. repeated: share of 4-grams that are repeats in their text.\n"
@@ -576,9 +588,9 @@ def samples(cfg, bench):
         rows.append({**labels, **scores, **(judge_stories(made, bench) if bench.stories else {})})
     if bench.stories:
         print(ABOUT_STORIES)
-        show(rows, f"text: block_length:d blocks: steps:d temperature:g {STORY_COLUMNS}")
-    show(rows, "text: block_length:d blocks: steps:d calls:d temperature:g eta:g perplexity:,.1f entropy:.3f "
-               "distinct-1:.3f distinct-2:.3f distinct-4:.3f repeated:.3f words:.3f MAUVE:.3f")
+        show(rows, f"text: block_length:d blocks: steps:d revisions:d temperature:g {STORY_COLUMNS}")
+    show(rows, "text: block_length:d blocks: steps:d revisions:d calls:d temperature:g eta:g perplexity:,.1f "
+               "entropy:.3f distinct-1:.3f distinct-2:.3f distinct-4:.3f repeated:.3f words:.3f MAUVE:.3f")
     return rows
 
 

@@ -337,8 +337,8 @@ def sampling(cfg, name, shape, machine, bytes_rate):
     canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool),
                     torch.randint(cfg.vocab_size, (shape.prompt_size,)))
     for length, (guidance, n) in itertools.product(map(int, cfg.block_length.split(",")), TEXTS):
-        settings, branches = Sampling(block_length=length, guidance_scale=guidance), 1 + (guidance != 1)
-        order, num_blocks, steps = plan(settings, shape, canvas.known)
+        settings, branches = Sampling(block_length=length, guidance_scale=guidance, revisions=0), 1 + (guidance != 1)
+        order, num_blocks, steps, _ = plan(settings, shape, canvas.known)
 
         def write(settings=settings, n=n):
             generate(model, canvas, settings, generators(machine.device, 1, range(n)))

@@ -97,18 +97,20 @@ def samples(cfg, bench):
         rows.append({"written_from_noise": name, "temperature": temperature, "repeated": quality.repetition(made),
                      **quality.judge_stories(made, bench)})
     row("the grammar itself", lambda: bench.windows[-cfg.samples:])
+    def title(name, length, steps, revisions):
+        name += {0: "window", 1: "single tokens"}.get(length, f"blocks of {length}")
+        return f"{name}, {steps} step{'s' * (steps > 1)}" + f", {revisions} revisions" * (revisions > 0)
     for temperature in quality.numbers(cfg.temperatures, float):
-        for length in quality.numbers(cfg.block_length, int):
-            for steps in [1] if length == 1 else quality.numbers(cfg.steps, int):
-                name = {0: "window", 1: "single tokens"}.get(length, f"blocks of {length}")
-                settings = replace(bench.settings, block_length=length, steps=steps, temperature=temperature)
-                draw = partial(quality.draw, bench.model, settings, cfg.samples, *rest)
-                row(f"{name}, {steps} step{'s' * (steps > 1)}", draw, temperature)
+        for length, steps, revisions in quality.ways(cfg, quality.numbers(cfg.block_length, int)):
+            settings = replace(bench.settings, block_length=length, steps=steps, revisions=revisions,
+                               temperature=temperature)
+            draw = partial(quality.draw, bench.model, settings, cfg.samples, *rest)
+            row(title("", length, steps, revisions), draw, temperature)
         for name, twin in bench.twins.items():
-            lengths, shape = quality.numbers(cfg.block_length, int), (cfg.samples, bench.windows.size(1))
-            for length, steps in quality.twin_ways(twin, lengths, quality.numbers(cfg.steps, int), shape[1]):
-                make = partial(quality.draw_twin, twin, (length, steps), shape, temperature, *rest)
-                row(f"{name} twin, block_length {length}, {steps} step{'s' * (steps > 1)}", make, temperature)
+            shape = cfg.samples, bench.windows.size(1)
+            for how in quality.twin_ways(twin, cfg, shape[1]):
+                make = partial(quality.draw_twin, twin, how, shape, temperature, *rest)
+                row(title(f"{name} twin, ", *how), make, temperature)
     print(f"\n2. SAMPLES: {cfg.samples} stories each.\n{quality.ABOUT_STORIES} repeated: share of 4-grams that are "
           "repeats in their window.")
     quality.show(rows, f"written_from_noise: temperature:g repeated:.3f {quality.STORY_COLUMNS}")

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint as ckpt
 import train
 from configurator import Fault, UserError, one_of, run
-from diffusion import block_order, generator, golden_offset, hash64
+from diffusion import LATER, block_order, generator, golden_offset, hash64
+from generate import DOUBT
 from machine import choose_machine, keep_memory
 from model import GAIN, Layout, SunFish, neighbours, training_layout
 
@@ -142,25 +143,44 @@ class Twin(nn.Module):
             nll[:, now] = weight.to(idx.device) * cross_entropy(scores, idx[:, now])
         return nll
 
-    def sample(self, n, length, steps, temperature=1.0, rng=None, block_length=0):
-        """Texts (n, length), drawn on the CPU generator rng: token by token, or block by block, unmasked in `steps`
-        equal parts of time (ancestral sampling, Sahoo et al. 2024), where each hidden token is written with
-        probability 1 / (steps left)."""
+    def sample(self, n, length, steps, temperature=1.0, rng=None, block_length=0, revisions=0):
+        """Texts (n, length), drawn on the CPU generator rng: token by token, or block by block, each unmasked in
+        `steps` equal parts of time. The twin of blocks reads and rewrites a block as SunFish does, so many times."""
         block_length = 1 if self.kind == "autoregressive" else block_length
-        order = block_order(torch.ones(length, dtype=torch.bool), block_length)
-        idx, blank = torch.zeros(n, length, dtype=torch.int64), torch.ones(n, length, dtype=torch.bool)
+        order = length * block_order(torch.ones(length, dtype=torch.bool), block_length)
+        idx = torch.zeros(n, length, dtype=torch.int64)
         for block in order.unique():
-            here = order == block
-            left = steps if here.sum() > 1 else 1
-            for i in range(left):
-                now = blank & here & (torch.rand(n, length, generator=rng) < 1 / (left - i))
-                rows = now.any(1)               # the others' calls, which change nothing, are saved
-                if rows.any():
-                    inputs = (x.to(self.blank.device) for x in (idx[rows], blank[rows], order.expand(n, -1)[rows]))
-                    p = (self.predict(*inputs) / temperature).softmax(-1).cpu()
-                    idx[now] = torch.multinomial(p[now[rows]], 1, generator=rng).flatten()
-                    blank &= ~now
+            here, unwritten = (x.expand(n, -1) for x in (order == block, order >= block))
+            steps, turns = (steps, 1 + revisions) if here[0].sum() > 1 else (1, 1)
+            held = torch.zeros_like(here)
+            for turn in range(turns):
+                held = here & self.read(idx, order, block) if turn else held
+                free, left = here & ~held, unwritten & ~held
+                self.unmask(idx, free, left, order - held.long(), (steps, temperature), rng)
         return idx
+
+    def unmask(self, idx, free, blank, order, how, rng):
+        """Write the tokens idx (n, T) in place where free, those in blank unknown (n, T), in an order (n, T). `how` is
+        (steps, temperature): ancestral sampling, each token with probability 1 / (steps left) (Sahoo et al. 2024)."""
+        steps, temperature = how
+        for i in range(steps):
+            now = free & blank & (torch.rand(idx.shape, generator=rng) < 1 / (steps - i))
+            rows = now.any(1)                   # the others' calls, which change nothing, are saved
+            if rows.any():
+                inputs = (x.to(self.blank.device) for x in (idx[rows], blank[rows], order[rows]))
+                p = (self.predict(*inputs) / temperature).softmax(-1).cpu()
+                idx[now] = torch.multinomial(p[now[rows]], 1, generator=rng).flatten()
+                blank = blank & ~now
+
+    def read(self, idx, order, block):
+        """Where a block of idx (n, T) holds, read token by token as by `generate.Decoder.read`: (n, T)."""
+        place = torch.where(order == block, order + torch.arange(len(order)), order).masked_fill(order > block, LATER)
+        hidden = torch.ones_like(idx, dtype=torch.bool)
+        inputs = (x.to(self.blank.device) for x in (idx, hidden, place.expand(len(idx), -1)))
+        log_p = self.predict(*inputs).log_softmax(-1).cpu()
+        surprise = -log_p.gather(-1, idx[..., None])[..., 0]
+        rare = surprise > -(log_p.exp() * log_p).sum(-1) - math.log(DOUBT)
+        return (rare & (order == block)).cumsum(1) == 0
 
 
 def cross_entropy(scores, idx):

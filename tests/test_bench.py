@@ -1,5 +1,6 @@
 """The yardsticks: what the twins see and say, FLOPs against counted products, and a small run of each bench."""
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -147,6 +148,35 @@ def test_the_twins_draw_from_what_they_say():
         assert (sharp == log_p.argmax()).all()
 
 
+@torch.no_grad()
+def test_the_twin_of_blocks_reads_a_block_and_writes_again_what_does_not_hold(monkeypatch):
+    """What holds is what reading the network alone says, up to the first token that is rarer than usual; it stays."""
+    twin, _ = make_twin("blocks", awake=True)
+    read, unmask, seen = twin.read, twin.unmask, []
+
+    def reading(idx, order, block):
+        held, place = read(idx, order, block), torch.arange(8)
+        if block:                                           # the last block, read in one order of all
+            in_order = place.where(place >= 4, -1).expand(len(idx), -1)
+            log_p = twin.predict(idx, idx > -1, in_order).log_softmax(-1)
+            surprise = -log_p.gather(-1, idx[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1)
+            want = (surprise[:, 4:] <= -math.log(0.1)).cummin(1).values
+            assert torch.equal(held[:, 4:], want) and not want.all()
+        seen.append((idx.clone(), held & (order == block)))
+        return held
+
+    def unmasking(idx, *rest):
+        unmask(idx, *rest)
+        if seen:
+            before, held = seen[-1]
+            assert torch.equal(idx[held], before[held]) and not torch.equal(idx, before)
+            seen.clear()
+    monkeypatch.setattr(twin, "read", reading)
+    monkeypatch.setattr(twin, "unmask", unmasking)
+    made = twin.sample(60, 8, 2, 3.0, torch.Generator().manual_seed(1), 4, revisions=2)
+    assert made.shape == (60, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", twins.KINDS)
 def test_a_twin_is_trained_saved_and_loaded(kind, shards, tmp_path):
@@ -195,8 +225,9 @@ def test_flops_are_those_of_the_matrix_products_of_a_step(args, guess):
 def test_the_floor_of_a_text_is_its_matrix_products(length, guidance):
     cfg = config("--n_layer=3", "--n_embd=64")
     canvas = Canvas(torch.zeros(16, dtype=torch.int64), torch.zeros(16).bool(), torch.zeros(8, dtype=torch.int64))
-    settings, branches = Sampling(block_length=length, guidance_scale=guidance, steps=3), 1 + (guidance != 1)
-    order, _, steps = plan(settings, cfg, canvas.known)
+    settings = Sampling(block_length=length, guidance_scale=guidance, steps=3, revisions=0)
+    branches = 1 + (guidance != 1)
+    order, _, steps, _ = plan(settings, cfg, canvas.known)
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as count:
         generate(SunFish(cfg, 50).eval(), canvas, settings, generators("cpu", 1, [0]))
     keys = 2 * branches * (2 * 64 * 64 * 9 + 8 * 16 * 64)               # of the prompt, once a text, and its vectors
@@ -225,7 +256,7 @@ def test_speed_puts_each_figure_beside_its_floor(tmp_path):
     plain, guessed, nanogpt, *texts, shares = rows
     assert "step of 2 x 96" in plain["what"] and "first guess" in guessed["what"] and "nanoGPT" in nanogpt["what"]
     assert guessed["TFLOPs"] > 1.2 * plain["TFLOPs"] and len(texts) == 3 * len(speed.TEXTS)
-    assert "block_length 8, 2 x 32 steps, guided" in texts[3]["what"] and "1 x 50 steps" in texts[6]["what"]
+    assert "block_length 8, 2 x 8 steps, guided" in texts[3]["what"] and "1 x 32 steps" in texts[6]["what"]
     for row in rows[:-1]:
         assert row["seconds"] > row["floor"] > 0 or row is nanogpt, row     # that one is a stub and does nothing
         assert row["ratio"] == pytest.approx(row["seconds"] / row["floor"])

@@ -172,7 +172,7 @@ def test_help_shows_every_setting_once(capsys):
     assert len({line.index(text) for line, text in zip(lines[-3:], ("learn", "go on", "text"), strict=True)}) == 1
 
 
-@pytest.mark.parametrize("script, setting", [("train", "--batch_tokens=65536"), ("sample", "--temperature=0.7"),
+@pytest.mark.parametrize("script, setting", [("train", "--batch_tokens=65536"), ("sample", "--temperature=1.0"),
                                              ("prepare_fineweb", "--shard_tokens=100000000")])
 def test_help_of_a_script_opens_with_its_docstring(script, setting):
     out = call([f"{script}.py", "--help"]).stdout

@@ -163,7 +163,7 @@ def test_a_block_is_written_without_asking_the_device_for_a_number(without_value
     net, calls = without_values, []
     net.alpha_bar = lambda: diffusion.linear_schedule(1000)                     # asked for once a text
     canvas = Canvas(torch.zeros(12, dtype=torch.int64), torch.arange(12) < 3, torch.zeros(4, dtype=torch.int64))
-    cfg = Sampling(block_length=block_length, guidance_scale=guidance, sampler=sampler)
+    cfg = Sampling(revisions=0, block_length=block_length, guidance_scale=guidance, sampler=sampler)
     order = diffusion.block_order(~canvas.known, block_length)
     decoder = Decoder(net, canvas, cfg, order, [None, None], None)
     decoder.predict.f = lambda *inputs: calls.append(inputs) or decoder.predict_once(*inputs)
@@ -217,7 +217,7 @@ def test_a_replayed_step_writes_the_same(small, recordings, monkeypatch, block_l
     """Window, blocks, and single tokens: the first step of a block has the last one's clean tokens, the others none."""
     torch.manual_seed(1)
     canvas = Canvas(torch.randint(50, (2, 12)), torch.arange(12) < 2, torch.randint(50, (2, 3)))
-    cfg = Sampling(block_length=block_length, steps=steps, guidance_scale=guidance)
+    cfg = Sampling(revisions=0, block_length=block_length, steps=steps, guidance_scale=guidance)
     found = generate(small, canvas, cfg, generators("cpu", 1, [0, 1]))
     replays = sum(graph.replays for graph in recordings)
     monkeypatch.setattr(g, "Replay", mc.Replay)

@@ -82,7 +82,7 @@ def write(net, block_length, strided, steps, guidance, given, prompt, blanks, et
     known = torch.tensor([i not in blanks for i in range(T)]) if blanks else torch.arange(T) < given
     canvas = Canvas(torch.randint(V, (T,), generator=rng), known, torch.randint(V, (prompt,), generator=rng))
     dial = dict(block_length=block_length, strided=strided, steps=steps)
-    cfg = Sampling(**dial, guidance_scale=guidance, eta=eta, temperature=1.0)
+    cfg = Sampling(revisions=0, **dial, guidance_scale=guidance, eta=eta, temperature=1.0)
     return generate(net, canvas, cfg, generators("cpu", 1, range(6)))
 
 

@@ -1,5 +1,7 @@
 """Writing and likelihood against known answers: exact posteriors write the chain they come from, the KV cache changes
 nothing, and the bound is the one that is worked out by hand."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ import generate as g
 from configurator import UserError
 from data import Texts
 from diffusion import LATER
-from generate import Canvas, Decoder, Sampling, bound, generate, generators, plan, prompt_canvas
+from generate import DOUBT, Canvas, Decoder, Sampling, bound, generate, generators, plan, prompt_canvas
 from model import ModelConfig, SunFish
 
 NOTHING = torch.zeros(0, dtype=torch.int64)
@@ -28,13 +30,13 @@ def one_generator(monkeypatch):
 # ---- plans and canvases ----
 
 @pytest.mark.parametrize("settings, objective, num_blocks, steps", [
-    ({}, "ce", 4, 32), (dict(block_length=0), "ce", 1, 50), (dict(block_length=1), "ce", 64, 1),
-    (dict(block_length=1), "eps", 64, 32), (dict(strided=True), "ce", 4, 32), (dict(sampler="ddpm"), "ce", 4, 100),
+    ({}, "ce", 4, 8), (dict(block_length=0), "ce", 1, 32), (dict(block_length=1), "ce", 64, 1),
+    (dict(block_length=1), "eps", 64, 8), (dict(strided=True), "ce", 4, 8), (dict(sampler="ddpm"), "ce", 4, 100),
     (dict(sampler="ddpm", block_length=1), "ce", 64, 100), (dict(steps=3, block_length=1), "ce", 64, 3),
     (dict(steps=7, block_length=0, sampler="ddpm"), "ce", 1, 7)])
 def test_the_default_steps_of_a_block(settings, objective, num_blocks, steps):
     cfg, nothing = ModelConfig(timesteps=100, objective=objective), torch.zeros(64, dtype=torch.bool)
-    assert plan(Sampling(**settings), cfg, nothing)[1:] == (num_blocks, steps)
+    assert plan(Sampling(**settings), cfg, nothing)[1:3] == (num_blocks, steps)
     assert plan(Sampling(), ModelConfig(timesteps=5), nothing).steps == 5           # no more than there are levels
 
 
@@ -110,7 +112,8 @@ def test_blocks_with_exact_posteriors_write_the_chain_they_come_from(one_generat
     softmax alone decides, and at many, where the noise has decided before."""
     chain, n, T = Chain(), 10_000, 4
     canvas = Canvas(torch.zeros(T, dtype=torch.int64), torch.zeros(T, dtype=torch.bool), NOTHING)
-    tokens = generate(chain, canvas, Sampling(block_length=block_length, steps=steps, temperature=1.0), [None] * n)
+    cfg = Sampling(block_length=block_length, steps=steps, revisions=0, temperature=1.0)
+    tokens = generate(chain, canvas, cfg, [None] * n)
     want = chain.log_first.exp()
     for i in range(T - 1):
         pairs = torch.zeros(6, 6).index_put_((tokens[:, i], tokens[:, i + 1]), torch.ones(n), accumulate=True) / n
@@ -129,7 +132,7 @@ def test_an_untrained_network_writes_unigrams_at_the_temperature(one_generator, 
     step eta is a temperature as well, of the draw."""
     torch.manual_seed(0)
     net = SunFish(ModelConfig(n_layer=1, n_head=1, n_embd=8, token_dim=16, block_size=4), 6, LOG_P)
-    cfg = Sampling(block_length=block_length, steps=steps, eta=eta, temperature=temperature)
+    cfg = Sampling(revisions=0, block_length=block_length, steps=steps, eta=eta, temperature=temperature)
     canvas = Canvas(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.bool), NOTHING)
     share = torch.bincount(generate(net, canvas, cfg, [None] * 2500).flatten(), minlength=6) / 10_000
     want = (LOG_P / temperature / eta).softmax(0)
@@ -177,10 +180,104 @@ def test_the_cache_says_what_a_fresh_reading_says(small, monkeypatch, given, blo
         assert torch.allclose(calls[-1], want, atol=1e-4), (calls[-1] - want).abs().max()
         return calls[-1]
     monkeypatch.setattr(Decoder, "hidden", compared)
-    cfg = Sampling(block_length=block_length, strided=strided, steps=3, guidance_scale=guidance)
+    cfg = Sampling(revisions=0, block_length=block_length, strided=strided, steps=3, guidance_scale=guidance)
     tokens = generate(small, canvas, cfg, generators("cpu", 1, [0, 1]))
     assert torch.equal(tokens[:, known], canvas.idx[:, known])
     assert len(calls) == 3 * plan(cfg, small.cfg, known).num_blocks
+
+
+# ---- revisions ----
+
+def surprises(net, canvas, tokens, order, guidance):
+    """How much less likely each token (B, T) is than one of its entropy usually is, in nats, written in an order."""
+    E, h = net.embedding(), []
+    x_0, level = E[tokens], diffusion.log_snr(torch.tensor(1000), net.alpha_bar()).expand(tokens.shape)
+    without_start = order.masked_fill(canvas.known.cummin(0).values, LATER)
+    for visible, seen in ((True, order), (False, without_start)):
+        prompt = net.encode_prompt(canvas.prompt, torch.full(canvas.prompt.shape, visible), E)
+        h.append(net.denoise(x_0, 0 * x_0, level, seen.expand(tokens.shape), prompt, E))
+    log_p = (net.head(4 * (h[1] + guidance * (h[0] - h[1]))) + net.log_unigram)[..., :50].log_softmax(-1)
+    return -log_p.gather(-1, tokens[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("block_length, strided", [(0, False), (4, False), (5, True)])
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, monkeypatch, given, block_length, strided,
+                                                                      guidance):
+    """A token is read given those before it and the blocks before its own, and no later block is seen."""
+    torch.manual_seed(2)
+    known, read, held = GIVEN[given], Decoder.read, []
+    canvas = Canvas(torch.randint(50, (9, 12)), known, torch.randint(50, (9, 3)))
+    blocks = diffusion.block_order(~known, block_length, strided)
+
+    def compared(decoder, pos):
+        order = blocks.masked_fill(blocks > blocks[pos[0]], LATER)
+        order[pos] += torch.arange(len(pos))
+        cost = surprises(small, canvas, decoder.tokens, order, guidance)[:, pos]
+        held.append(read(decoder, pos))
+        for row, rare in zip(held[-1].tolist(), (cost > -math.log(DOUBT)).tolist(), strict=True):
+            assert row == [not any(rare[:i + 1]) for i in range(len(pos))]
+        return torch.ones_like(held[-1])
+    monkeypatch.setattr(Decoder, "read", compared)
+    cfg = Sampling(block_length=block_length, strided=strided, steps=2, guidance_scale=guidance, temperature=3.0)
+    generate(small, canvas, cfg, generators("cpu", 1, range(9)))
+    held = torch.cat([row.flatten() for row in held])
+    assert not held.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("block_length, strided", [(0, False), (4, False), (5, True)])
+@pytest.mark.parametrize("given", GIVEN)
+def test_what_holds_is_seen_as_given_and_stays_while_the_rest_is_rewritten(small, monkeypatch, given, block_length,
+                                                                           strided, guidance):
+    torch.manual_seed(1)
+    known, hidden, calls = GIVEN[given], Decoder.hidden, []
+    canvas = Canvas(torch.randint(50, (2, 12)), known, torch.randint(50, (2, 3)))
+    blocks, start = diffusion.block_order(~known, block_length, strided), known.cummin(0).values
+
+    def read(decoder, pos):
+        decoder.before = decoder.tokens.clone()
+        decoder.held = torch.arange(len(pos)) < torch.tensor([[1], [len(pos)]])         # all of the second text
+        return decoder.held
+
+    def compared(decoder, clean, here, x_t, log_snr, guess):
+        h, pos = hidden(decoder, clean, here, x_t, log_snr, guess), here[clean.size(1):]
+        free = log_snr < math.inf
+        if not free.all():
+            assert torch.equal(~free, decoder.held) and (guess is None or not guess[~free].any())
+            order = 2 * blocks.repeat(2, 1)                 # earlier blocks do not see what holds, and it sees them
+            order[:, pos] -= decoder.held.long()
+            inputs = clean, here, x_t, log_snr, guess
+            want = read_anew(small, decoder, canvas, order, True, *inputs)
+            null = read_anew(small, decoder, canvas, order.masked_fill(start, LATER), False, *inputs)
+            assert torch.allclose(h[free], (null + guidance * (want - null))[free], atol=1e-4)
+            now = torch.zeros(2, 12, dtype=torch.bool).index_fill(1, pos, True).index_copy(1, pos, free)
+            assert torch.equal(decoder.tokens[~now], decoder.before[~now])
+            calls.append(now.sum())
+        return h
+    monkeypatch.setattr(Decoder, "hidden", compared)
+    monkeypatch.setattr(Decoder, "read", read)
+    cfg = Sampling(block_length=block_length, strided=strided, steps=3, revisions=1, guidance_scale=guidance)
+    generate(small, canvas, cfg, generators("cpu", 1, [0, 1]))
+    assert sum(calls) == 3 * ((~known).sum() - len(blocks[~known].unique()))
+
+
+def test_a_text_is_read_until_it_holds_or_so_many_times(small, monkeypatch):
+    """With no revision, in the autoregressive limit, and by a network that predicts noise, not at all."""
+    canvas = Canvas(torch.zeros(12, dtype=torch.int64), torch.zeros(12, dtype=torch.bool), NOTHING)
+
+    def count(answers, **settings):
+        calls = []
+        monkeypatch.setattr(Decoder, "read", lambda decoder, pos: torch.full((1, len(pos)), next(answers)))
+        generate(small, canvas, Sampling(**{"block_length": 6, "steps": 2, **settings}), generators("cpu", 1, [0]),
+                 lambda *step: calls.append(step))
+        return len(calls)
+    assert count(iter([False, True, True]), revisions=3) == 2 + 2 + 2
+    assert count(iter([False] * 6), revisions=3) == 2 * (2 + 3 * 2)
+    assert count(iter([]), revisions=0) == 4 and count(iter([]), revisions=3, block_length=1, steps=1) == 12
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "constrained_ddim"])
@@ -194,7 +291,7 @@ def test_a_text_does_not_depend_on_its_batch(small, sampler):
 def test_writing_ends_with_the_block_in_which_the_last_text_has_ended(small):
     """Up to there the texts are those that are written without an end, and nothing is written after it."""
     canvas = Canvas(torch.full((12,), 7), torch.zeros(12, dtype=torch.bool), NOTHING)
-    cfg = Sampling(block_length=2, steps=3)
+    cfg = Sampling(block_length=2, steps=3, revisions=0)
     full = generate(small, canvas, cfg, generators("cpu", 1, range(3)))
     later = full[:, 1:]                     # one at the very beginning opens a text
     firsts = {eot: (1 + (later == eot).int().argmax(1)).tolist() for eot in range(50) if (later == eot).any(1).all()}

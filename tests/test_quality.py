@@ -34,7 +34,7 @@ class Judge:
     def nll_in_blocks(self, idx, block_length, strided, rng):
         return self.nll(idx) + block_length + 0.5 * strided
 
-    def sample(self, n, length, steps, temperature, rng, block_length):
+    def sample(self, n, length, steps, temperature, rng, block_length, revisions):
         return torch.multinomial(self.log_p.exp(), n * length, replacement=True, generator=rng).view(n, length)
 
     def predict(self, idx, hidden):
@@ -192,7 +192,7 @@ SMALL = ["--sequences=64", "--samples=6", "--steps=2,4", "--temperatures=0.8,1",
 def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
     place, _ = twin
     out = call(["quality.py", f"--checkpoint={trained}", f"--dataset={shards}", f"--judge={place}", "--eta=0,1", *SMALL,
-                f"--masked={place.with_name('masked')}", f"--causal={place.with_name('causal')}",
+                "--revisions=0", f"--masked={place.with_name('masked')}", f"--causal={place.with_name('causal')}",
                 f"--out={tmp_path / 'made'}"])
     result = json.loads((tmp_path / "made/quality.json").read_text())
     bound, rows = result["likelihood"], result["samples"]
@@ -222,7 +222,7 @@ def test_a_run_prints_and_writes_every_table(trained, shards, twin, tmp_path):
     assert [row["recovered"] for row in result["single_tokens"] if "twin" in row["guessed_by"]] == [0.5, 0.5]
     assert all(f"{title} " in out.stdout for title in ("perplexity", "adherence", "worse", "recovered", "own"))
     assert out.stderr.count(" s\n") == len(rows) + 15
-    assert "SunFish, block_length 8, neighbours, steps 2, calls 4, eta 1, temperature 0.8: " in out.stderr
+    assert "SunFish, block_length 8, neighbours, steps 2, revisions 0, eta 1, calls 4, temperature 0.8: " in out.stderr
     found = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "made/frontier.png").exists() == found and ("no picture" in out.stderr) != found
 
@@ -249,7 +249,8 @@ def test_the_same_seed_gives_the_same_table_and_no_judge_gives_less(trained, tmp
     assert first == call(args).stdout != other
     assert "no --judge" in first and "adherence" not in first and "SINGLE TOKENS" in first
     row = next(line for line in first.splitlines() if line.startswith("held-out text")).split()
-    assert row[2:9] == ["-"] * 7 and row[-2:] == ["-"] * 2 and float(row[9]) > 1
+    assert row[2:10] == ["-"] * 8 and row[-2:] == ["-"] * 2 and float(row[10]) > 1
+    assert first.count("SunFish  ") == 4                    # with and without revisions, at two temperatures
 
 
 @pytest.mark.slow

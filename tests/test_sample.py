@@ -21,7 +21,7 @@ from generate import Canvas, Decoder, Sampling, bound, generate, generators, pla
 
 
 def write(base, *args, code=0, run=call, **options):
-    args = [f"--checkpoint={base}", "--device=cpu", "--dtype=float32", "--steps=3", *args]
+    args = [f"--checkpoint={base}", "--device=cpu", "--dtype=float32", "--steps=3", "--revisions=0", *args]
     return run(["sample.py", *args], code, **options)
 
 
@@ -98,7 +98,7 @@ def test_at_scale_0_the_prompt_is_not_seen_and_at_scale_1_nothing_but_it(small, 
 @pytest.mark.parametrize("block_length, strided", [(0, False), (1, False), (3, False), (3, True)])
 def test_given_tokens_come_back_and_only_blanks_are_written(small, sampler, block_length, strided):
     known, seen, idx = torch.rand(12, generator=torch.Generator().manual_seed(2)) < 0.5, [], torch.arange(12)
-    cfg = Sampling(block_length=block_length, strided=strided, steps=2, sampler=sampler)
+    cfg = Sampling(revisions=0, block_length=block_length, strided=strided, steps=2, sampler=sampler)
     made = generate(small, Canvas(idx, known, idx[:3]), cfg, generators("cpu", 1, range(3)),
                     lambda t, tokens, pos, logits: seen.append((t, *pos.tolist())))
     assert (made[:, known] == idx[known]).all() and made.max() < 50 and len(made[:, ~known].unique()) > 3
@@ -120,9 +120,9 @@ def test_a_text_that_ends_early_is_the_text_up_to_its_end(small, strided):
 
 def test_the_header_says_how_a_text_is_written(base, tmp_path):
     def header(*args, base=base): return call(["sample.py", f"--checkpoint={base}", "--device=cpu", *args]).stderr
-    assert "; blocks of 8 tokens, ddim, 2 x 32 steps, cpu" in header()
-    assert "; the whole window at once, ddim, 1 x 50 steps" in header("--block_length=0")
-    assert "; one token at a time, ddim, 16 x 1 steps" in header("--block_length=1")
+    assert "; blocks of 8 tokens, ddim, 2 x 8 steps, 3 revisions at most, cpu" in header()
+    assert "; the whole window at once, ddim, 1 x 32 steps, 3 revisions at most" in header("--block_length=0")
+    assert "; one token at a time, ddim, 16 x 1 steps, cpu" in header("--block_length=1")
     assert "; blocks of 4 tokens, spread over the text, constrained_ddim, 4 x 2 steps" in header(
         "--block_length=4", "--strided", "--steps=2", "--sampler=constrained_ddim")
     content = {**ckpt.find(base)[1], "block_length": 1}
@@ -158,7 +158,7 @@ def test_the_lengths_that_are_tried_are_counted(base):
 @pytest.mark.parametrize("text", ["the red [MASK] sea", " the old dog went home" * 9 + "[MASK:2] sea"])
 def test_steps_are_shown_of_open_blanks_and_of_windows_inside_a_document(base, text):
     err = write(base, "--mode=infill", "--text", text, "--show").stderr
-    assert "step 3/3, noise level 333\n" in err and " sea\n" in err and "\u00b7" not in err
+    assert "step 3 of at most 3, noise level 333\n" in err and " sea\n" in err and "\u00b7" not in err
 
 
 def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
@@ -180,13 +180,13 @@ def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base
     with contextlib.redirect_stderr(err):
         watch(1000, torch.tensor([ids]), torch.tensor([1]), None)
     dots = "\u00b7" * (len(ids) - 2)
-    assert dots and err.getvalue() == f"step 1/1, noise level 1000\n{tokenizer.decode(ids[:2])}{dots}\n"
+    assert dots and err.getvalue() == f"step 1 of at most 1, noise level 1000\n{tokenizer.decode(ids[:2])}{dots}\n"
 
 
 @pytest.mark.slow
 def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
     out = write(base, "--prompt", "", "--seq_len=5", "--show", run=run)
-    assert "trained on text.jsonl" in out.stderr and "step 3/3, noise level" in out.stderr
+    assert "trained on text.jsonl" in out.stderr and "step 3 of at most 3, noise level" in out.stderr
 
 
 @pytest.mark.parametrize("args, words", [

@@ -93,7 +93,8 @@ def test_the_tables_are_printed_and_a_bound_below_the_truth_is_a_fault(tales, mo
         "by the grammar", "token by token", "in blocks of 16", "in blocks of 16, the sampler's 2 steps",
         "as a whole window", "as a whole window, the sampler's 2 steps"]
     assert 0.3 < found["likelihood"][0]["nats"] < 0.6 and all(row["above"] > 1 for row in found["likelihood"][1:])
-    assert [row["stories"] for row in found["samples"]] == [1, 0, 0, 0, 0, 0, 0]
+    assert [row["stories"] for row in found["samples"]] == [1, *[0] * 10]
+    assert found["samples"][3]["written_from_noise"] == "blocks of 16, 2 steps, 3 revisions"
     assert len(found["completions"]) == 5 and "another's rest" in out and "above" in out
     monkeypatch.setattr(truth, "bound", lambda *_: dict(bound=0.2, bound_error=0.01))
     assert "below the truth" in call(args, code=1).stderr
