@@ -122,6 +122,7 @@ def test_a_closed_terminal_saves(command, tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)                    # under nohup it is ignored, and stays so
         os.execv(sys.executable, [sys.executable, *command, "--max_steps=1000000"])
     shown = b""
     while b"step 3/" not in shown:
