@@ -123,7 +123,7 @@ def test_the_bound_of_a_response_knows_its_instruction(answering, examples):
 @pytest.mark.parametrize("length", [8, 4, 1])
 def test_the_answer_is_the_response_and_ends_where_it_ends(answering, length):
     for question, response in PAIRS.items():
-        args = ["--temperature=0.1", "--guidance_scale=1", "--json", f"--block_length={length}"]
+        args = ["--temperature=0.1", "--revisions=0", "--json", f"--block_length={length}"]
         out = ask(answering, question, *args)
         assert json.loads(out.stdout)["text"] == response
         written, calls = (int(re.search(rf"(\d+) {what}", out.stderr)[1]) for what in ("tokens w", "network c"))

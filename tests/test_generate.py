@@ -291,7 +291,7 @@ def test_a_text_does_not_depend_on_its_batch(small, sampler):
 def test_writing_ends_with_the_block_in_which_the_last_text_has_ended(small):
     """Up to there the texts are those that are written without an end, and nothing is written after it."""
     canvas = Canvas(torch.full((12,), 7), torch.zeros(12, dtype=torch.bool), NOTHING)
-    cfg = Sampling(block_length=2, steps=3, revisions=0)
+    cfg = Sampling(block_length=2, steps=3, revisions=0, temperature=0.7)
     full = generate(small, canvas, cfg, generators("cpu", 1, range(3)))
     later = full[:, 1:]                     # one at the very beginning opens a text
     firsts = {eot: (1 + (later == eot).int().argmax(1)).tolist() for eot in range(50) if (later == eot).any(1).all()}
