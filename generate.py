@@ -21,7 +21,7 @@ from machine import Replay, all_reduce, rank, world_size
 from model import Layout, LayerCache, max_scores, neighbours
 
 BLOCK_STEPS, WINDOW_STEPS = 8, 32       # denoising steps of a block, and of a whole window
-DOUBT = 0.1                             # a token holds whose probability is above this share of exp(-entropy)
+DOUBT = 0.1                             # a token this much less likely than exp(-entropy) does not hold
 LONGEST = 12                            # tokens that a blank of open length is tried with, from 1 on
 BEHIND = 24                             # known tokens behind such a blank, at most, that decide which length is best
 
@@ -32,7 +32,7 @@ class Sampling:
     strided: bool = False            # spread the tokens of a block evenly over the text, instead of taking neighbours
     steps: int = 0                   # denoising steps of a block; 0: 8, window 32, single token 1, ddpm all
     sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim with what is known held)
-    revisions: int = 3               # times a block is read again, at most, and what does not hold is rewritten
+    revisions: int = 3               # times, at most, that a block is read and what does not hold rewritten
     eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 1.0         # of what the context says; below 1 is safer and duller
     guidance_scale: float = 1.0      # weight of the prompt; 1 is the network's own, above 1 heeds it more, 0 ignores it
@@ -168,9 +168,8 @@ class Decoder:
             sample_ddim(denoise, x_T, self.alpha_bar, steps, eta, rng)
 
     def read(self, pos):
-        """Where the text at pos (n,) holds, read token by token (B, n): up to the first token that is less likely than
-        DOUBT * exp(-entropy), given the tokens before it and all of earlier blocks (the typical acceptance of Medusa,
-        Cai et al. 2024)."""
+        """Where the text at pos (n,) holds (B, n): up to the first token that is not `plausible` after those before it
+        in the block and all of earlier blocks. One call of the network, in the autoregressive limit."""
         model, block = self.model, self.planned[:, pos[:1]]
         order = torch.where(self.planned < block, self.planned, LATER)
         order[:, pos] = block + torch.arange(len(pos), device=pos.device)
@@ -180,9 +179,15 @@ class Decoder:
         h = model.denoise(x_0, nothing, level, order[:, :T], self.prompt, self.E)[:, pos]
         h = h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
         log_p = model.logits(h, nothing[:len(h), pos], level[:len(h), pos], self.E).log_softmax(-1)
-        surprise = -log_p.gather(-1, self.tokens[:, pos, None])[..., 0]
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        return (surprise <= entropy - math.log(DOUBT)).cummin(1).values
+        return plausible(log_p, self.tokens[:, pos]).cummin(1).values
+
+
+def plausible(log_p, ids):
+    """Whether tokens ids (B, n) are at least DOUBT * exp(-entropy) likely under log_p (B, n, V): the typical acceptance
+    of Medusa (Cai et al. 2024)."""
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, ids[..., None])[..., 0] >= math.log(DOUBT) - entropy
+
 
 @torch.no_grad()
 def generate(model, canvas, cfg, rng, watch=None, eot=None):

@@ -261,9 +261,11 @@ def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
 def main(cfg):
     keep_memory()
     path, content = ckpt.find_network(cfg.checkpoint or "out")
-    given, usual = cfg.given, {name: value for name, value in ckpt.usual(content).items() if name not in cfg.given}
-    cfg = replace(cfg, **usual)
+    given, usual = cfg.given, ckpt.usual(content)
+    cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in given})
     object.__setattr__(cfg, "given", given)
+    if cfg.revisions > usual.get("revisions", cfg.revisions):
+        log(f"warning: revisions={cfg.revisions}, but this network has not learnt to read token by token")
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
     model = ckpt.load_model(content, device, dtype, cfg.quantize == "int8")

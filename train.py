@@ -148,7 +148,7 @@ class Config(ModelConfig):
 
     @property
     def revisions(self):
-        """Times that sample.py has a block read again unless told otherwise; for that single tokens are trained."""
+        """How often sample.py reads a block again unless told otherwise: never, if no single tokens are trained."""
         return Sampling.revisions if self.p_single else 0
 
     def micro_batches(self):

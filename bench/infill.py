@@ -21,7 +21,7 @@ import checkpoint as ckpt
 import diffusion
 import quality
 from configurator import UserError, in_range, run
-from generate import BEHIND, LONGEST
+from generate import BEHIND, LONGEST, Sampling
 from machine import keep_memory
 from twins import cross_entropy
 
@@ -104,7 +104,7 @@ def main(cfg):
     torch.set_num_threads(1)
     _, content = ckpt.find_network(cfg.checkpoint)
     model, judge = ckpt.load_model(content), quality.open_twin("judge", cfg.judge, content)
-    settings = replace(quality.usual(content), temperature=cfg.temperature, eta=cfg.eta)
+    settings = replace(Sampling(**ckpt.usual(content)), temperature=cfg.temperature, eta=cfg.eta)
     windows = quality.open_data(cfg.dataset, content, model.cfg).spread(cfg.windows).idx
     true, left, right = cut(windows)
     L = left.size(1)

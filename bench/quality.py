@@ -151,11 +151,6 @@ def open_twin(name, place, content, device="cpu"):
     return twin
 
 
-def usual(content):
-    """The settings with which sample.py writes with the network in a checkpoint's content."""
-    return Sampling(**ckpt.usual(content))
-
-
 def open_bench(cfg):
     """The Bench that the settings name, and the checkpoint's path and content; UserError if something does not fit."""
     (path, content), device = ckpt.find_network(cfg.checkpoint), choose_device(cfg.device)
@@ -183,7 +178,7 @@ def open_bench(cfg):
                             f"{len(windows)}; lower it")
     judge, *twins = (open_twin(name, getattr(cfg, name), content, device) for name in ("judge", "masked", "causal"))
     twins = {name: twin for name, twin in zip(("masked", "causal"), twins, strict=True) if twin}
-    bench = Bench(model, usual(content), tokenizer, windows, training, judge, twins, frozenset(told))
+    bench = Bench(model, Sampling(**ckpt.usual(content)), tokenizer, windows, training, judge, twins, frozenset(told))
     return bench, path, content
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint as ckpt
 import quality
 from configurator import Fault, in_range, one_of, run
-from generate import Canvas, bound, generate, generators
+from generate import Canvas, Sampling, bound, generate, generators
 from machine import keep_memory, peak_gb
 
 ROWS = ("float32", "float32 int8", "bfloat16", "bfloat16 int8")
@@ -55,7 +55,7 @@ def measure(cfg):
     keep_memory()
     torch.set_num_threads(1)
     _, content = ckpt.find_network(cfg.checkpoint)
-    model, settings = open_row(content, cfg.row), quality.usual(content)
+    model, settings = open_row(content, cfg.row), Sampling(**ckpt.usual(content))
     T = cfg.seq_len or model.cfg.block_size
     nothing = torch.zeros(T, dtype=torch.int64)
     seconds = []

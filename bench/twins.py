@@ -32,7 +32,7 @@ import checkpoint as ckpt
 import train
 from configurator import Fault, UserError, one_of, run
 from diffusion import LATER, block_order, generator, golden_offset, hash64
-from generate import DOUBT
+from generate import plausible
 from machine import choose_machine, keep_memory
 from model import GAIN, Layout, SunFish, neighbours, training_layout
 
@@ -151,12 +151,11 @@ class Twin(nn.Module):
         idx = torch.zeros(n, length, dtype=torch.int64)
         for block in order.unique():
             here, unwritten = (x.expand(n, -1) for x in (order == block, order >= block))
-            steps, turns = (steps, 1 + revisions) if here[0].sum() > 1 else (1, 1)
+            left, turns = (steps, 1 + revisions) if here[0].sum() > 1 else (1, 1)
             held = torch.zeros_like(here)
             for turn in range(turns):
                 held = here & self.read(idx, order, block) if turn else held
-                free, left = here & ~held, unwritten & ~held
-                self.unmask(idx, free, left, order - held.long(), (steps, temperature), rng)
+                self.unmask(idx, here & ~held, unwritten & ~held, order - held.long(), (left, temperature), rng)
         return idx
 
     def unmask(self, idx, free, blank, order, how, rng):
@@ -178,9 +177,7 @@ class Twin(nn.Module):
         hidden = torch.ones_like(idx, dtype=torch.bool)
         inputs = (x.to(self.blank.device) for x in (idx, hidden, place.expand(len(idx), -1)))
         log_p = self.predict(*inputs).log_softmax(-1).cpu()
-        surprise = -log_p.gather(-1, idx[..., None])[..., 0]
-        rare = surprise > -(log_p.exp() * log_p).sum(-1) - math.log(DOUBT)
-        return (rare & (order == block)).cumsum(1) == 0
+        return (plausible(log_p, idx) | (order != block)).cummin(1).values
 
 
 def cross_entropy(scores, idx):
