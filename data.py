@@ -21,6 +21,7 @@ from configurator import Fault, UserError
 from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
+BELL = 0.6                                  # noise levels: sigmoid(BELL * logit(u)) of uniform u; 1 is uniform
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
 HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -381,11 +382,13 @@ def choose_blocks(cfg, free, rng):
 def noise_levels(cfg, order, length, rng):
     """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps.
 
-    A token in a block of one gets the highest, at which it is decided in one step; objective eps needs all levels.
+    Those in the middle, where tokens are decided, come more often. A token in a block of one gets the highest, at which
+    it is decided in one step. For objective eps all levels are equally frequent.
     """
     single = (length == 1) & (order >= 0)                   # given tokens are denoised together, before all others
-    u = stratified_uniform(len(order), rng).double()
-    t = 1 + (diffusion.golden_offset(u, order) * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
+    u = diffusion.golden_offset(stratified_uniform(len(order), rng).double(), order)
+    u = torch.sigmoid(BELL * torch.logit(u)) if cfg.objective == "ce" else u
+    t = 1 + (u * cfg.timesteps).long().clamp(max=cfg.timesteps - 1)
     return torch.where(single, cfg.timesteps, t) if cfg.objective == "ce" else t
 
 

@@ -196,17 +196,19 @@ def test_given_tokens_are_of_any_number_and_never_all(n):
         assert ((jumps > 1) & (jumps <= 16)).any()
 
 
-def test_noise_levels_are_one_for_a_block_stratified_uniform_and_highest_for_single_tokens():
+def test_noise_levels_are_one_for_a_block_stratified_and_highest_for_single_tokens():
     S, n, rng = 500, 64, diffusion.generator("cpu", "levels")
     place = torch.arange(n).expand(S, -1)
     window = data.noise_levels(config(), place * 0, torch.zeros(S, 1, dtype=torch.int64), rng)
     assert (window == window[:, :1]).all()
-    assert sorted(((window[:, 0] - 1) * S // 1000).tolist()) == list(range(S))          # one in each part of the range
+    u = torch.sigmoid(torch.logit((window[:, 0].double() - 0.5) / 1000) / data.BELL)    # one in each part of the range
+    assert (u.sort().values - (torch.arange(S) + 0.5) / S).abs().max() < 3 / S
     blocks = data.noise_levels(config(), place // 4, torch.full((S, 1), 4), rng)
     assert (blocks.view(S, -1, 4) == blocks.view(S, -1, 4)[..., :1]).all() and (blocks[:, ::4].diff(dim=1) != 0).all()
-    for levels in (blocks[:, ::4], blocks[:, 60]):
-        assert (torch.histc(levels.float(), 10, 1, 1000) / levels.numel() - 0.1).abs().max() < 0.005
-    assert blocks.min() == 1 and blocks.max() == 1000
+    edges = torch.sigmoid(torch.logit(torch.linspace(0, 1, 11, dtype=torch.float64)) / data.BELL)
+    for levels in (blocks[:, ::4], blocks[:, 60]):          # more of them in the middle
+        assert (torch.histc(levels.float(), 10, 1, 1000) / levels.numel() - edges.diff()).abs().max() < 0.005
+    assert 1 <= blocks.min() < 20 and 980 < blocks.max() <= 1000
     singles = (place, torch.ones(S, 1, dtype=torch.int64), rng)
     assert (data.noise_levels(config(), *singles) == 1000).all()
     every = data.noise_levels(config(objective="eps"), *singles)
