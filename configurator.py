@@ -25,6 +25,11 @@ from pathlib import Path
 
 KINDS = {int: "a whole number, like 100_000 or 1e5", float: "a finite number, like 0.1 or 3e-4", bool: "true or false",
          str: "text in quotes"}
+HINTS = {"lr": "learning_rate", "max_new_tokens": "seq_len", "max_tokens": "seq_len", "length": "seq_len",
+         "max_length": "seq_len", "n": "num_samples", "num_steps": "steps", "model": "checkpoint", "data": "dataset",
+         "max_iters": "max_steps", "iters": "max_steps", "epochs": "max_steps", "context_length": "block_size",
+         "cfg_scale": "guidance_scale", "output": "out_dir", "output_dir": "out_dir"}   # what others call it
+CUTS = {"top_k", "top_p", "greedy", "do_sample"}                # of sampling, which denoising has none of
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}    # 9 ** 9 ** 9 overflows at once as floats
 
@@ -62,6 +67,39 @@ def say_error(error, code):
         time.sleep(5)
     print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
     return code
+
+
+def read_file(path, most=2**30):
+    """The bytes of a file; UserError for one that cannot be read, has more than `most` bytes or is no regular file: a
+    pipe would be waited for without end."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path} is no regular file; name another")
+        if (size := os.path.getsize(path)) > most:
+            raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; name another")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:              # ValueError: a NUL in the name
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+
+
+def check_fields(where, content, **fields):
+    """Raise UserError, which names place, field and value, unless `content` is a dict that holds each of the fields: of
+    a kind, or of (kind, lowest, highest). A whole number is a float too."""
+    if type(content) is not dict:
+        raise UserError(f"{where} holds {shorten(content)} where names and values should be")
+    for name, rule in fields.items():
+        kind, *limits = rule if type(rule) is tuple else (rule,)
+        value = content.get(name)
+        fits = type(value) is kind or kind is float and type(value) is int
+        if not fits or limits and not limits[0] <= value <= limits[1]:
+            span = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
+            raise UserError(f"{where}: {name} is {shorten(value)}, and should be {kind.__name__}{span}")
+
+
+def shorten(value):
+    """What is read from outside, as it may stand in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def in_range(cfg, low, high, *names):
@@ -142,12 +180,15 @@ def next_value(arg, args, kinds, kind):
 def read_config(path, kinds):
     """The settings of one config file as a dict; the file is parsed, never run."""
     try:
-        lines = ast.parse(Path(path).read_bytes()).body
-    except OSError as error:
+        source = read_file(path, 2**20)
+    except UserError as error:
         known = " ".join(sorted(map(str, Path("config").glob("*.py"))))
         hint = f"there are {known}" if known else "see --help"
-        raise UserError(f"cannot read config file {path}: {error.strerror}; {hint}") from None
-    except (SyntaxError, ValueError) as error:      # ValueError: NUL bytes
+        hint = f"text is given as --prompt={shlex.quote(path)}" if "prompt" in kinds and " " in path else hint
+        raise UserError(f"{error}; {hint}") from None
+    try:
+        lines = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:     # NUL bytes; signs without end
         line, what = getattr(error, "lineno", 1), getattr(error, "msg", error)
         raise UserError(f"{path}:{line}: {what}; a config file holds lines of name = value") from None
     settings = {}
@@ -168,8 +209,11 @@ def read_line(line, where, kinds):
         raise unknown(name, kinds, where + name)
     try:
         value = evaluate(line.value)
+    except RecursionError:
+        raise UserError(f"{where}{name} is too deep; write {KINDS[kinds[name]]}") from None
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{where}{name} = {ast.unparse(line.value)}: {error}; write {KINDS[kinds[name]]}") from None
+        text = f"{name} = {ast.unparse(line.value)}"
+        raise UserError(f"{where}{text[:100]}: {error}; write {KINDS[kinds[name]]}") from None
     if isinstance(value, str) != (kinds[name] is str):
         raise UserError(f"{where}{name} = {value!r} must be {KINDS[kinds[name]]}")
     return name, convert(name, str(value), kinds[name], where)
@@ -182,7 +226,10 @@ def evaluate(node):
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -evaluate(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+        left, right = evaluate(node.left), evaluate(node.right)
+        if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):   # "a" * 10 ** 12
+            raise ValueError("arithmetic is for numbers")
+        return OPERATORS[type(node.op)](left, right)
     raise ValueError("not a plain value")
 
 
@@ -192,22 +239,25 @@ def convert(name, text, kind, where):
         return text
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if kind is int and re.fullmatch(r"[-+]?\d+(_\d+)*", text):
+    if kind is int and re.fullmatch(r"[-+]?\d+(_\d+)*", text) and len(text) < 100:
         return int(text)                            # not through a float: exact beyond 2 ** 53
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if kind is bool or not math.isfinite(number) or kind is int and not number.is_integer():
-        raise UserError(f"{where}{name}={text} must be {KINDS[kind]}")
+        raise UserError(f"{where}{name}={shorten(text)[1:-1]} must be {KINDS[kind]}")
     return kind(number)
 
 
 def unknown(name, kinds, what):
     """The UserError for a name that is not a setting, with the nearest one."""
-    close = difflib.get_close_matches(name, kinds, 1, cutoff=0.4)
+    plain = name.lower().replace("-", "_")
+    close = [HINTS[plain]] if HINTS.get(plain) in kinds else []
+    close = close or difflib.get_close_matches(plain, kinds, 1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-    return UserError(f"{what} is not a setting; {hint}")
+    hint = "a lower --temperature is what keeps a text safe here" if plain in CUTS and "temperature" in kinds else hint
+    return UserError(f"{what[:200]} is not a setting; {hint}")
 
 
 def help_text(Config):

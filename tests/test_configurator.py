@@ -1,4 +1,6 @@
 """configurator.py: what wins, what is refused and how, how a run ends, and what --help shows."""
+import math
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, call
 
+import configurator
 from configurator import UserError, describe, in_range, load, one_of
 from model import ModelConfig
 
@@ -65,8 +68,9 @@ def test_accepted_values(argv, name, value):
     (["--n_layer=1.5"], "n_layer=1.5 must be a whole number"), (["--n_layer=100,000"], "n_layer=100,000 must be"),
     (["--n_layer=1__0"], "whole number"), (["--n_layer="], "whole number"), (["--n_layer=True"], "whole number"),
     (["--lr=nan"], "lr=nan must be a finite number"), (["--lr=inf"], "finite"), (["--lr=1e999"], "finite"),
+    (["--n_layer=" + 5000 * "1"], "n_layer=1111"), (["--n-layer=1"], "did you mean n_layer?"),
     (["--lr=fast"], "lr=fast must be a finite number"), (["--resume=yes"], "resume=yes must be true or false"),
-    (["--resume=1"], "true or false"), (["--resume", "yes"], "cannot read config file yes"),
+    (["--resume=1"], "true or false"), (["--resume", "yes"], "cannot read yes"),
     (["--resume="], "true or false"), (["--lr"], "--lr needs a value: --lr=..."), (["--prompt", "--lr"], "needs a"),
     (["--lr=-1"], "lr=-1.0 is not positive; try 3e-4"), (["missing.py"], "missing.py: No such file")])
 def test_refused_arguments(argv, says):
@@ -80,7 +84,9 @@ def test_refused_arguments(argv, says):
     ("lr = '1'", "must be a finite number"), ("prompt = 3", "must be text in quotes"), ("prompt = None", "text"),
     ("lr = True", "finite"), ("\n\nn_layerz = 1", ":3: n_layerz is not a setting; did you mean n_layer?"),
     ("lr = = 1", ":1: invalid syntax"), ("a\0b", "null bytes"), ("lr, n_head = 1, 2", "never run"),
-    ("lr = 1 + 'a'", "lr = 1 + 'a'")])
+    ("lr = 1 + 'a'", "lr = 1 + 'a'"), ("prompt = 'a' * 99999999999", "arithmetic is for numbers"),
+    ("lr = " + 3000 * "-" + "1", ":1: "), ("lr = " + 1100 * "-" + "1", "lr is too deep"), ("lr = " + 200_000 * "(" + "1", ":1: "),
+    ("n_layer = " + 5000 * "1", "4300 digits"), ("n_layer = " + 2000 * "1", "n_layer=1111")])
 def test_refused_files(tmp_path, text, says):
     path = tmp_path / "bad.py"
     path.write_text(text)
@@ -93,7 +99,38 @@ def test_missing_file_lists_the_ones_there_are(tmp_path, monkeypatch):
     (tmp_path / "config" / "micro.py").write_text("")
     monkeypatch.chdir(tmp_path)
     assert "there are config/micro.py" in refused("config/mikro.py")
-    assert "Is a directory" in refused("config")
+    assert "config is no regular file" in refused("config")
+
+
+def test_a_pipe_a_huge_file_and_a_text_in_the_place_of_a_config_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in refused(str(tmp_path / "pipe"))
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2 ** 21)
+    assert "has 2,097,152 bytes" in refused(str(tmp_path / "huge"))
+    assert "text is given as --prompt='Once upon a time'" in refused("Once upon a time")
+    assert "cannot read a\0b" in refused("a\0b")
+
+
+@pytest.mark.parametrize("name, hint", [("iters", "did you mean max_steps?"), ("top_k", "--temperature"),
+                                        ("max-new-tokens", "did you mean seq_len?"), ("zzz", "--help lists them all")])
+def test_what_others_call_a_setting_is_known(name, hint):
+    kinds = dict(max_steps=int, seq_len=int, temperature=float)
+    assert hint in str(configurator.unknown(name, kinds, f"--{name}"))
+
+
+@pytest.mark.parametrize("content, says", [
+    ([1], "x.json holds [1] where names and values should be"), ({}, "x.json: n is None, and should be int from 1 to 9"),
+    ({"n": "3"}, "n is '3'"), ({"n": 0}, "n is 0"), ({"n": True}, "n is True"), ({"n": 3}, "rate is None"),
+    ({"n": 3, "rate": math.nan}, "rate is nan, and should be float from 0 to 1"),
+    ({"n": 3, "rate": 1, "name": "a" * 999}, None), ({"n": 3, "rate": 1, "name": 999 * [0]}, "0, 0,..., and")])
+def test_what_is_read_from_outside_has_the_fields_it_should(content, says):
+    rules = dict(n=(int, 1, 9), rate=(float, 0, 1), name=str)
+    if says is None:
+        return configurator.check_fields("x.json", content, **rules)
+    with pytest.raises(UserError) as caught:
+        configurator.check_fields("x.json", content, **rules)
+    assert says in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_a_config_file_is_not_run(tmp_path):
