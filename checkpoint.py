@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
+import typing
 import zipfile
 from pathlib import Path
 
@@ -19,13 +21,15 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import Fault, UserError
+from configurator import Fault, UserError, check_fields, printable, read_file
 from machine import world_size
 from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
 
+LABELS = "label", "licence", "kind", "fingerprint"                      # of the text, in words
 FORMAT = 5                                                              # of checkpoints and exports
 CKPT = f"ckpt_{8 * '[0-9]'}.pt"                                        # the files of a run, and not copies beside them
-USUAL = "block_length", "revisions"                                        # settings of sample.py that it keeps
+USUAL = dict.fromkeys(("block_length", "revisions"), (int, 0, 1e6))     # settings of sample.py that it keeps
+MEASURED = dict(tokens=(int, 0, 1e18), bound=(float, 0, 1e6), bound_error=(float, 0, 1e6))
 EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of an export
 
 
@@ -45,11 +49,11 @@ def write(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:            # a full disk is a RuntimeError of torch.save
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:            # a full disk is "unexpected pos" to torch.save
         needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
-        raise Fault(f"could not write {path} ({reason(error)}); it needs {needed:,} bytes; free some space and "
-                    "resume") from None
+        why = reason(error) if shutil.disk_usage(path.parent).free > needed else "the disk is full"
+        temporary.unlink(missing_ok=True)
+        raise Fault(f"could not write {path} ({why}); it needs {needed:,} bytes; free some space and resume") from None
 
 
 def read(path):
@@ -57,7 +61,11 @@ def read(path):
     byte is checked first: torch.load alone does not notice a flipped bit. Fault if the file is not a sound
     checkpoint."""
     try:
+        if not Path(path).is_file():                    # a pipe would be waited for
+            raise ValueError("no regular file")
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()):
+                raise ValueError("compressed")          # torch compresses nothing, a bomb is
             damaged = archive.testzip()
         if damaged:
             raise ValueError(f"damaged at {damaged}")
@@ -70,23 +78,65 @@ def read(path):
     return content
 
 
-def find(place):
+def read_network(path):
+    """The content of a checkpoint, or of an export in a folder, all of whose fields and weights are what they should
+    be; Fault if they are not."""
+    content = read_export(path) if path.is_dir() else read(path)
+    of_adapters = dict(lora_rank=(int, 1, 1e6), lora_alpha=float, init_from=str) if "base" in content else {}
+    of_run = {**USUAL, **MEASURED, "base": str, "model": dict, "optimizer": dict, "wandb_id": str, "world_size": int}
+    try:
+        check_fields(path, content, step=(int, 0, 1e12), config=dict, data=dict, ema=dict, **there(of_run, content))
+        check_fields(f"{path}, config", content["config"], **typing.get_type_hints(ModelConfig), **of_adapters)
+        data = content["data"]
+        check_fields(f"{path}, data", data, vocab_size=(int, 2, 2**16), tokenizer=dict, **dict.fromkeys(LABELS, str),
+                     **there(dict(align=(float, 0, 1), base=dict), data))
+        if "base" in data:
+            check_fields(f"{path}, data, base", data["base"], label=str, licence=str, steps=int)
+        model_config(content).check()
+        check_weights(content)
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(f"{path} is not a sound network ({reason(error)})") from None
+    data.update({name: printable(data[name]) for name in LABELS})
+    return content
+
+
+def there(rules, content):
+    """Those of the rules whose fields a content has."""
+    return {name: rule for name, rule in rules.items() if content.get(name) is not None}
+
+
+def check_weights(content):
+    """Raise ValueError unless the weights in a network's content are finite numbers of the shapes that its settings
+    ask for; of adapters only theirs."""
+    with torch.device("meta"):
+        model = SunFish(model_config(content), content["data"]["vocab_size"])
+        if "base" in content:
+            add_lora(model, content["config"]["lora_rank"], content["config"]["lora_alpha"])
+    shapes = {name: x.shape for name, x in model.state_dict().items() if "base" not in content or ".lora_" in name}
+    for state in [content[name] for name in ("ema", "model") if name in content]:
+        for name in dict.fromkeys((*shapes, *state)):
+            wanted, found = (tuple(x[name].shape) if name in x else "nothing" for x in (model.state_dict(), state))
+            if wanted != found:
+                raise ValueError(f"{name} is {found}, and should be {wanted}")
+            if not state[name].isfinite().all():
+                raise ValueError(f"{name} is not finite")
+
+
+def find(place, may_fetch=True):
     """(path, content) of the file `place`, of an export in a folder or on the hub (hf:user/name), or of the newest
     sound checkpoint in the folder, or else in the folder below it that was written last; None if there is none.
 
     A damaged file is passed over with a warning; Fault if all are.
     """
-    place = Path(download(place[3:], *EXPORT) if str(place).startswith("hf:") else place)
-    if (place / "model.safetensors").exists():
-        return place, read_export(place)
-    if place.is_file():
-        return place, read(place)
-    below = sorted(place.rglob(CKPT), key=os.path.getmtime)
+    place = Path(download(place[3:], *EXPORT, may_fetch=may_fetch) if str(place).startswith("hf:") else place)
+    if (place / "model.safetensors").exists() or place.is_file():
+        return place, read_network(place)
+    below = sorted(place.rglob(CKPT), key=lambda path: path.lstat().st_mtime)
     here = below[-1].parent if below and place not in {path.parent for path in below} else place
     paths = sorted(here.glob(CKPT), reverse=True)
     for path in paths:
         try:
-            return path, read(path)
+            return path, read_network(path)
         except Fault as error:
             print(f"warning: {error}", file=sys.stderr)
     if paths:
@@ -157,7 +207,11 @@ def restore_state(state, model, ema, optimizer=None):
         dcp.set_model_state_dict(net, dict(state.get(name, {})), options=options)      # a copy: it is changed
     if optimizer:                                       # it keeps its tensors: they must not stay mapped from a file
         moments = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state.get("optimizer", {}))
-        dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+        try:
+            dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+        except Exception as error:                      # it raises what comes first
+            raise Fault(f"the state of the optimizer is not one of this network ({reason(error)}); resume from an "
+                        "older checkpoint") from None
 
 
 # ---- networks ----
@@ -186,7 +240,7 @@ def find_network(place):
     path, content = found
     if "base" not in content:
         return found
-    base = find(content["config"]["init_from"])
+    base = find(content["config"]["init_from"], may_fetch=False)       # an adapter of another must not ask the hub
     if base is None:
         raise UserError(f"{path} holds adapters for init_from={content['config']['init_from']}, where there is no "
                         "network; put it back")
@@ -262,9 +316,11 @@ def read_export(folder):
     damage, not against malice."""
     try:
         from safetensors.torch import load_file
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["data"]["tokenizer"] = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        content = {**config, "ema": load_file(folder / "model.safetensors")}
+        config, tokenizer = (json.loads(read_file(folder / name, 2**26)) for name in EXPORT[1:])
+        config["data"]["tokenizer"] = tokenizer
+        if not (folder / EXPORT[0]).is_file():          # a pipe would be waited for
+            raise ValueError(f"{EXPORT[0]} is no regular file")
+        content = {**config, "ema": load_file(folder / EXPORT[0])}
     except ImportError:
         raise UserError(f"{folder} is read with safetensors; pip install safetensors") from None
     except Exception as error:                          # of json, of files, of safetensors
@@ -274,13 +330,14 @@ def read_export(folder):
     return content
 
 
-def download(name, *files):
+def download(name, *files, may_fetch=True):
     """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub what was fetched
     before. Fault if they cannot be had."""
     from huggingface_hub import HfApi, snapshot_download
-    why = None
+    why = None if may_fetch else f"not there yet; fetch it with --checkpoint=hf:{name}, if you trust it"
     try:
-        HfApi().model_info(name, timeout=5)             # the download itself would try for half a minute
+        if may_fetch:
+            HfApi().model_info(name, timeout=5)         # the download itself would try for half a minute
     except Exception as error:                          # whatever the hub and the libraries below it raise
         why = reason(error)
     try:

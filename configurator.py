@@ -34,6 +34,17 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}    # 9 ** 9 ** 9 overflows at once as floats
 
 
+def say_interrupted(kind, error, trace):
+    """In the place of a traceback, when Ctrl-C comes while libraries are being imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = say_interrupted
+
+
 class UserError(Exception):
     """A mistake of the user: what, which value, what to do next. `run` prints it in one line; exit code 2."""
 
@@ -65,7 +76,7 @@ def say_error(error, code):
     if int(os.environ.get("LOCAL_RANK", "0")):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+    print("error:", printable(str(error), 1000), file=sys.stderr, flush=True)
     return code
 
 
@@ -100,6 +111,12 @@ def shorten(value):
     """What is read from outside, as it may stand in a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def printable(text, most=300):
+    """Text in one line of at most so many characters, without what a terminal may take for orders."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= most else f"{text[:most - 3]}..."
 
 
 def in_range(cfg, low, high, *names):

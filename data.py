@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import diffusion
-from configurator import Fault, UserError
+from configurator import Fault, UserError, check_fields, printable, read_file
 from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
@@ -28,8 +28,9 @@ HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb
 EMBEDDED = ("fables", "pydoc")             # sources that need no network
 OFFLINE = "go offline: python prepare_fineweb.py --source=fables"
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
-META = {"label": str, "licence": str, "kind": str, "tokenizer": dict, "vocab_size": int, "shards": list,
-        "settings": dict, "finished": bool, **dict.fromkeys(COUNTS, int)}
+META = {"label": str, "licence": str, "kind": str, "tokenizer": dict, "vocab_size": (int, 2, 2**16), "shards": list,
+        "settings": dict, "finished": bool, **dict.fromkeys((*COUNTS, "offset"), (int, 0, 1e15))}
+SHARD = {"name": str, "tokens": (int, 1, 1e15), "bytes": (int, 1, 1e15), "blake2b": str}
 
 
 def write_file(path, *pieces):
@@ -66,6 +67,8 @@ def read_shard(path):
 
 def read_examples(path):
     """The tokens (n,) of a shard, and the lengths (m, 2) int64 of its instructions and responses, m = 0 for text."""
+    if not path.is_file():                              # a pipe would be waited for
+        raise UserError(f"{path} is no regular file; prepare it again")
     size, header = os.path.getsize(path), np.fromfile(path, "<i4", 4)
     magic, version, n, m = np.pad(header, (0, 4 - len(header))).tolist()
     start = HEADER_BYTES + 8 * m * (version == EXAMPLES)
@@ -92,14 +95,13 @@ def read_parts(folder):
     parts = {}
     for path in sorted(Path(folder).glob("meta*.json")):
         try:
-            part = json.loads(path.read_text(encoding="utf-8"))
-            valid = all(type(part[key]) is kind for key, kind in META.items())
-            valid = valid and all(type(shard["name"]) is str for shard in part["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
-            raise UserError(f"{path} is damaged; delete {folder} and prepare it again")
-        parts[path] = part
+            part = json.loads(read_file(path, 2**26))
+            check_fields(path, part, **META)
+            for shard in part["shards"]:
+                check_fields(f"{path}, shards", shard, **SHARD)
+        except (UserError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare it again") from None
+        parts[path] = {**part, "label": printable(part["label"]), "licence": printable(part["licence"])}
     return parts
 
 
@@ -195,6 +197,8 @@ def lock(path):
     """The file `path`, open to append and locked until it is closed; UserError if another process has it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no regular file; remove it, or choose another folder")
         file = open(path, "a+", encoding="utf-8")
         if os.name == "posix":                          # elsewhere nothing guards the folder
             import fcntl

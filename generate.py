@@ -49,13 +49,13 @@ class Sampling:
 
 class Canvas(NamedTuple):
     """A text to be completed."""
-    idx: torch.Tensor                # (T,) or (B, T) int64 token ids
-    known: torch.Tensor              # (T,) True where they are given
+    idx: torch.Tensor                # (T,) or (B, T) int64 token ids; -1 where none is to stand
+    known: torch.Tensor              # (T,) or (B, T) True where they are given
     prompt: torch.Tensor             # (P,) or (B, P) token ids before the text, which cross-attention sees
 
 
 class Plan(NamedTuple):
-    order: torch.Tensor              # (T,) number of the block in which each token is written; -1 given
+    order: torch.Tensor              # (..., T) number of the block in which each token is written; -1 given
     num_blocks: int
     steps: int                       # of each block
     revisions: int                   # of each block, at most
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
 
 
 def plan(cfg, model_cfg, known):
-    """The Plan of a text given where known (T,); UserError for more steps than the network has noise levels."""
+    """The Plan of texts given where known (..., T); UserError for more steps than the network has noise levels."""
     order, steps = diffusion.block_order(~known, cfg.block_length, cfg.strided), cfg.steps
     if steps > model_cfg.timesteps:
         raise UserError(f"steps={steps} is more than the {model_cfg.timesteps} noise levels of this network; use fewer")
@@ -90,22 +90,23 @@ class Decoder:
     def __init__(self, model, canvas, cfg, order, rng, watch):
         self.model, self.cfg = model, cfg
         self.rng, self.watch = rng, watch
-        device, known = model.wte.device, canvas.known
+        device = model.wte.device
         self.alpha_bar, self.vectors = model.alpha_bar().cpu(), model.embedding()
         self.log_snr = diffusion.log_snr(torch.arange(len(self.alpha_bar)), self.alpha_bar).to(device)
         self.E = self.vectors.to(model.dtype)                              # of the products
-        self.tokens = canvas.idx.to(device).expand(len(rng), -1).clone()
-        self.new = known.nonzero().flatten().to(device)                    # clean tokens that are not in the cache yet
-        self.cache = [LayerCache(len(order)) for _ in model.layers]
+        self.tokens = canvas.idx.to(device).clamp(min=0).expand(len(rng), -1).clone()
+        order = order.expand_as(self.tokens)
+        to_write = (order >= 0) & (order < LATER)
+        self.new = (~to_write.any(0)).nonzero().flatten().to(device)       # clean tokens that are not in the cache yet
+        self.cache = [LayerCache(order.size(1)) for _ in model.layers]
         self.predict = Replay(self.predict_once, device)
-        start = known.cummin(0).values & ~known.all()                      # given, with nothing to write before it
+        start = (order < 0).cummin(1).values & to_write.any(1, keepdim=True)       # given, nothing to write before it
         prompt = canvas.prompt.to(device).expand(len(rng), -1)
         self.rows = 2 if cfg.guidance_scale != 1 and (prompt.numel() or start.any()) else 1
         visible = torch.ones_like(prompt, dtype=torch.bool)
         visible = torch.cat((visible, ~visible)[:self.rows])
         self.prompt = model.encode_prompt(prompt.repeat(self.rows, 1), visible, self.E)
-        orders = torch.stack((order, torch.where(start, LATER, order))[:self.rows]).to(device)
-        self.planned = orders.repeat_interleave(len(rng), 0)               # (rows * B, T)
+        self.planned = torch.cat((order, torch.where(start, LATER, order))[:self.rows]).to(device)  # (rows * B, T)
         self.order, self.near = self.planned.clone(), neighbours(self.planned) <= self.planned[..., None]
 
     def hidden(self, clean, here, x_t, log_snr, guess):
@@ -122,11 +123,15 @@ class Decoder:
         h = self.hidden(clean, here, x_t, log_snr, guess)
         return self.model.predict(h, x_t, log_snr, self.E, self.cfg.temperature)
 
-    def write_block(self, pos, steps, revisions=0):
-        """Write the tokens at pos (n,) in so many steps; then read them, and write again what does not hold."""
-        self.denoise(pos, steps, self.rng)
+    def write_block(self, block, steps, revisions=0):
+        """Write the tokens of a block in so many steps; then read them, and write again what does not hold. Returns
+        where they stand, pos (n,): in one text some of these may be known that another lacks."""
+        is_now = self.planned[:len(self.rng)] == block
+        pos = is_now.any(0).nonzero().flatten()
+        fixed = ~is_now[:, pos]
+        self.denoise(pos, steps, self.rng, fixed)
         for _ in range(revisions):
-            held = self.read(pos)
+            held = self.read(pos, block) | fixed
             done = held.all(1).tolist()                     # whose noise then would depend on the others of the batch
             if all(done):
                 break
@@ -134,15 +139,14 @@ class Decoder:
             rng = [spare if is_done else own for is_done, own in zip(done, self.rng, strict=True)]
             self.denoise(pos, steps, rng, held)
         self.new = pos
+        return pos
 
-    def denoise(self, pos, steps, rng, held=None):
+    def denoise(self, pos, steps, rng, held):
         """Write the tokens at pos (n,) in place, but for those in held (B, n), which the others see as given. The last
         step draws them, the others look at the best ones."""
         guess, calls = None, 0
-        is_rewritten = held is not None
-        held = held if is_rewritten else torch.zeros_like(self.tokens[:, pos], dtype=torch.bool)
         self.order.copy_(self.planned)                      # in place, for recorded steps read it there
-        self.order[:, pos] -= held.repeat(self.rows, 1).long()
+        self.order[:, pos] = (self.order[:, pos] - held.repeat(self.rows, 1).long()).clamp(min=-1)
         self.near.copy_(neighbours(self.order) <= self.order[..., None])
 
         def denoise(x_t, t):
@@ -160,26 +164,25 @@ class Decoder:
 
         x_0, eta = self.vectors[self.tokens[:, pos]], self.cfg.eta
         x_T = diffusion.randn(x_0, rng)
-        if is_rewritten or self.cfg.sampler == "constrained_ddim":
+        if held.any() or self.cfg.sampler == "constrained_ddim":
             sample_constrained_ddim(denoise, x_T, self.alpha_bar, x_0, held, steps, eta, rng)
         elif self.cfg.sampler == "ddpm":
             sample_ddpm(denoise, x_T, self.alpha_bar, steps, rng)
         else:
             sample_ddim(denoise, x_T, self.alpha_bar, steps, eta, rng)
 
-    def read(self, pos):
-        """Where the text at pos (n,) holds (B, n): up to the first token that is not `plausible` after those before it
-        in the block and all of earlier blocks. One call of the network, in the autoregressive limit."""
-        model, block = self.model, self.planned[:, pos[:1]]
-        order = torch.where(self.planned < block, self.planned, LATER)
-        order[:, pos] = block + torch.arange(len(pos), device=pos.device)
+    def read(self, pos, block):
+        """Where the text of a block, at pos (n,), holds (B, n): up to the first token that is not `plausible` after
+        those before it and all of earlier blocks. One call of the network, in the autoregressive limit."""
+        model, is_now, each = self.model, self.planned == block, torch.arange(self.planned.size(1), device=pos.device)
+        order = torch.where(self.planned < block, self.planned, torch.where(is_now, block + each, LATER))
         T = 1 + int((order < LATER).any(0).nonzero()[-1])
         x_0, level = self.E[self.tokens[:, :T]].repeat(self.rows, 1, 1), self.log_snr[-1:].expand(len(order), T)
         nothing = torch.zeros_like(x_0)                     # in the place of noise that says nothing
         h = model.denoise(x_0, nothing, level, order[:, :T], self.prompt, self.E)[:, pos]
         h = h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
         log_p = model.logits(h, nothing[:len(h), pos], level[:len(h), pos], self.E).log_softmax(-1)
-        return plausible(log_p, self.tokens[:, pos]).cummin(1).values
+        return (plausible(log_p, self.tokens[:, pos]) | ~is_now[:len(h), pos]).cummin(1).values
 
 
 def plausible(log_p, ids):
@@ -198,12 +201,12 @@ def generate(model, canvas, cfg, rng, watch=None, eot=None):
     """
     device = model.wte.device
     order, _, *how = plan(cfg, model.cfg, canvas.known)
+    order = torch.where(canvas.idx < 0, LATER, order)
     ended = torch.zeros(len(rng), dtype=torch.bool, device=device)
     with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
         decoder = Decoder(model, canvas, cfg, order, rng, watch)
-        for block in order[~canvas.known].unique():
-            pos = (order == block).nonzero().flatten().to(device)
-            decoder.write_block(pos, *how)
+        for block in order[(order >= 0) & (order < LATER)].unique():
+            pos = decoder.write_block(block, *how)
             if eot is not None and not cfg.strided:                     # whose blocks leave gaps before the end
                 ended |= ((decoder.tokens[:, pos] == eot) & (pos > 0)).any(1)   # the first token may open the text
                 if ended.all():
@@ -283,31 +286,50 @@ def fill(model, pieces, cfg, rng, watch=None):
     return texts.tolist()
 
 
-def length_cost(model, pieces, i, n, cfg, rng):
-    """Nats a token of the text *behind* piece i, an open blank, once it is filled with n tokens: the same text for
-    every n, so no normalisation (bench/LOG.md). With nothing behind it, of the fill itself."""
-    idx, known = to_canvas([*pieces[:i], n, *pieces[i + 1:]])
-    at = len(to_canvas(pieces[:i])[0])
-    start, canvas = infill_canvas(idx[None], known, at, model.cfg)
-    made = generate(model, canvas, cfg, [rng()])
-    costs, at = nll_left_to_right(model, made, canvas.prompt.to(made.device))[0].cpu(), at - start
+def trial_canvas(pieces, i, lengths, model_cfg):
+    """(at, Canvas) of a text with its blank i of each of these lengths, a row each, in the window around the longest.
+    The blank begins at `at`; other blanks are not to be written, nor what shorter texts lack at their end."""
+    rows = [to_canvas([*pieces[:i], n, *pieces[i + 1:]]) for n in lengths]
+    at, longest = len(to_canvas(pieces[:i])[0]), rows[-1]
+    start, canvas = infill_canvas(longest[0][None], longest[1], at, model_cfg)
+    T = len(canvas.known)
+    idx, known = torch.full((len(rows), T), -1), torch.zeros(len(rows), T, dtype=torch.bool)
+    for row, (n, (ids, is_known)) in enumerate(zip(lengths, rows, strict=True)):
+        ids, is_known = ids[start:start + T], is_known[start:start + T]
+        known[row, :len(ids)] = is_known
+        idx[row, :len(ids)] = torch.where(is_known, ids, -1)
+        idx[row, at - start:at - start + n] = 0
+    return at - start, Canvas(idx, known, canvas.prompt)
+
+
+def length_costs(model, pieces, i, lengths, cfg, make):
+    """Nats a token of the text *behind* piece i, an open blank, once it is filled with so many tokens: the same text
+    for every length, so no normalisation (bench/LOG.md). With nothing behind it, of the fill itself. make() is the
+    Generator of each."""
+    at, canvas = trial_canvas(pieces, i, lengths, model.cfg)
+    made = generate(model, canvas, cfg, [make() for _ in lengths])
+    nll, costs = nll_left_to_right(model, made, canvas.prompt.to(made.device)).cpu(), []
     most = min(BEHIND, max(1, (model.cfg.block_size - LONGEST) // 2))
-    behind = costs[at + n:][canvas.known[at + n:].cumprod(0) > 0][:most]
-    return (behind if len(behind) else costs[at:at + n]).mean().item()
+    for n, row, known in zip(lengths, nll, canvas.known, strict=True):
+        behind = row[at + n:][known[at + n:].cumprod(0) > 0][:most]
+        costs.append((behind if len(behind) else row[at:at + n]).mean().item())
+    return costs
 
 
 def infill(model, pieces, cfg, rng, watch=None):
-    """As `fill`, of a text that may have open blanks: from left to right each takes the length that costs least.
-    There is no guidance."""
+    """Texts, each in pieces of token ids, of a text that may have open blanks: from left to right each takes the length
+    that costs least. rng has for each text a function that makes its Generator. There is no guidance."""
     cfg, texts = replace(cfg, guidance_scale=1.0), []
-    if 0 not in pieces:
-        return fill(model, pieces, cfg, rng, watch)
     lengths = range(1, min(LONGEST, model.cfg.block_size // 2) + 1)
-    for number, make in enumerate(rng):
+    open_ones = [i for i, piece in enumerate(pieces) if piece == 0]
+    for group in [[make] for make in rng] if open_ones else [rng]:
         chosen = list(pieces)
-        for i in [i for i, piece in enumerate(pieces) if piece == 0]:
-            chosen[i] = min(lengths, key=partial(length_cost, model, list(chosen), i, cfg=cfg, rng=make))
-        texts += fill(model, chosen, cfg, [make], watch if number == 0 else None)
+        for i in open_ones:
+            costs = length_costs(model, chosen, i, lengths, cfg, group[0])
+            chosen[i] = lengths[costs.index(min(costs))]
+        sizes = [len(piece) if isinstance(piece, list) else piece for piece in chosen]
+        made = fill(model, chosen, cfg, group, None if texts else watch)
+        texts += [[part.tolist() for part in torch.tensor(ids).split(sizes)] for ids in made]
     return texts
 
 

@@ -156,7 +156,9 @@ def torch_faults():
         yield
     except torch.OutOfMemoryError as error:
         raise Fault(f"{str(error).splitlines()[0]}; use a smaller batch_size, or a smaller network") from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise Fault("out of memory; use a smaller batch_size, or a smaller network") from None
         if world_size() == 1 or not re.search("[Cc]onnection (closed|reset)|NCCL", str(error)):
             raise
         raise Fault(f"process {rank()}: another process has ended, so this one cannot go on") from None

@@ -49,7 +49,9 @@ class ModelConfig:
 
     def check(self):
         """Raise UserError for a network that cannot be built."""
-        in_range(self, 1, 1e6, "n_layer", "n_head", "n_embd", "token_dim", "block_size", "prompt_size", "cross_every")
+        in_range(self, 1, 1000, "n_layer", "n_head", "cross_every")
+        in_range(self, 1, 2**16, "n_embd", "token_dim", "prompt_size")
+        in_range(self, 1, 1e6, "block_size")
         in_range(self, 2, 1e6, "timesteps")
         in_range(self, 1e-9, 0.999, "beta_start", "beta_end")
         one_of(self, "objective", "ce", "eps")

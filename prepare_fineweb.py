@@ -2,13 +2,14 @@
 Turn text into shards of tokens, once: FineWeb by streaming, your own files, or a corpus that needs no network.
 
     python prepare_fineweb.py                                   # a billion tokens of FineWeb into data/fineweb
-    python prepare_fineweb.py --source=texts/ --max_tokens=0    # .txt, .jsonl(.gz, .xz), .parquet: file, folder or glob
+    python prepare_fineweb.py --source=texts/ --max_tokens=0    # a file, folder or glob: .txt .md .jsonl(.gz) .parquet
     python prepare_fineweb.py --source=fables                   # very short stories out of the grammar in fables.txt
     python prepare_fineweb.py --subset=default --part=0/64      # the first of 64 processes or machines
 
 End of text stands before each document. Records with instruction, optional input, and output (or prompt and response)
-are examples: end of text opens the instruction and closes the response. meta.json (meta_p000.json for part 0) is
-replaced after each training shard; a killed run goes on from it, to the same result. data.py describes the shards.
+are examples: end of text opens the instruction and closes the response. So are chats, "messages" with role and content,
+the last of which is the response. meta.json (meta_p000.json for part 0) is replaced after each training shard; a killed
+run goes on from it, to the same result. data.py describes the shards.
 """
 import ast
 import base64
@@ -41,7 +42,8 @@ from data import (COUNTS, EMBEDDED, HUB, OFFLINE, PATTERN, encode, fingerprint_s
 
 FABLES = 100_000                         # stories of the embedded corpus, 7M tokens
 RECORDS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "response"))
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+LONGEST = 2**26                          # characters of a line, or of a text file that are read at a time
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -72,7 +74,7 @@ class Config:
 
 def parse_count(text):
     """100_000_000 for "100M"."""
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
+    match = re.fullmatch(r"(\d[\d_]{,20}(?:\.\d+)?(?:e\d\d?)?)([kMB]?)", text)
     if not match:
         raise UserError(f"max_tokens={text} is not a number of tokens; write for example 50k, 100M, 2B, or 0 for all")
     return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]])
@@ -381,9 +383,14 @@ def find_files(source):
     """The files of `source` (file, folder or glob), sorted; UserError if there are none to read."""
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
     paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
-    files = sorted(Path(path) for path in paths if path.lower().endswith(SUFFIXES) and os.path.isfile(path))
+    paths = sorted(Path(path) for path in paths if os.path.isfile(path))
+    files = [path for path in paths if path.name.lower().endswith(SUFFIXES)]
     if not files:
         raise UserError(f"source={source} is no file, folder or glob with {' '.join(SUFFIXES)}; give one, or fables")
+    skipped = sorted({*paths} - {*files})
+    if skipped:
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        print(f"skipped, as neither of {' '.join(SUFFIXES)}: {', '.join(map(str, skipped[:3]))}{more}", file=sys.stderr)
     return files
 
 
@@ -400,28 +407,42 @@ def read_file(path):
 
 def read_record(row):
     """The document in a row; ValueError if there is none."""
-    strings = {key: value for key, value in dict(row).items() if isinstance(value, str)}
+    if type(row) is not dict:
+        raise ValueError("no record of names and values")
+    if isinstance(row.get("messages"), list):
+        *question, answer = row["messages"]
+        if not question or answer.get("role") not in ("assistant", "gpt"):
+            raise ValueError("its messages should end with one of role assistant, after one of role user")
+        question = "\n".join(message["content"] for message in question)
+        return format_instruction(question), " " + answer["content"].strip()
+    strings = {key: value for key, value in row.items() if isinstance(value, str)}
     for instruction, context, response in RECORDS:
         if instruction in strings and response in strings:
             question = format_instruction(strings[instruction], strings.get(context, ""))
             return question, " " + strings[response].strip()
     if "text" in strings:
         return (strings["text"],)
-    raise ValueError('no string under the key "text", nor "instruction" and "output", nor "prompt" and "response"')
+    raise ValueError('no string under the key "text", nor "instruction" and "output", nor "prompt" and "response", nor '
+                     '"messages"')
 
 
 def read_rows(path, suffix):
-    """Yield the rows of a file as dicts; a .txt file is one row, and a blank line a blank text."""
+    """Yield the rows of a file as dicts; a text file is one, several if it is huge; a blank line is a blank text."""
     if suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
-        for batch in ParquetFile(path).iter_batches(1000, columns={"text", *itertools.chain(*RECORDS)}):
+        for batch in ParquetFile(path).iter_batches(1000, columns={"text", "messages", *itertools.chain(*RECORDS)}):
             yield from batch.to_pylist()
         return
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
     with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        if suffix == ".txt":
-            yield {"text": file.read()}
-        for line in file:                               # none is left of a .txt file
+        while suffix in (".txt", ".md") and (text := file.read(LONGEST)):
+            odd = sum(map(text.count, "\0\ufffd")) + len(re.findall("[\udc80-\udcff]", text))
+            if odd > len(text) / 100:
+                raise ValueError("no text in UTF-8, but in UTF-16 or another encoding, or no text at all")
+            yield {"text": text}
+        while line := file.readline(LONGEST):           # none is left of a text file
+            if len(line) == LONGEST:
+                raise ValueError(f"a line of more than {LONGEST:,} characters")
             yield json.loads(line) if line.strip() else {"text": line}
 
 

@@ -8,19 +8,24 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
+import contextlib
 import itertools
 import json
 import math
+import os
 import re
+import secrets
+import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 
-import checkpoint as ckpt
-from configurator import Fault, UserError, in_range, one_of, run
-from data import cut_at_eot, first_document, format_instruction, get_tokenizer
+from configurator import Fault, UserError, check_fields, in_range, one_of, printable, read_file, run, shorten
+import checkpoint as ckpt           # torch is imported here, after what catches Ctrl-C meanwhile
+from data import cut_at_eot, first_document, format_instruction, get_tokenizer, write_file
 from diffusion import generator
 from generate import LONGEST, Sampling, generate, infill, infill_canvas, plan, prompt_canvas, to_canvas
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
@@ -40,8 +45,9 @@ A SunFish: a language model that writes by denoising in continuous embedding spa
 {facts}
 
 It knows what was in its training text, and no more; nothing was done to make it safe. Its weights may be used as that
-text may. Unedited, the first sample with seed {seed} after the prompt {prompt}:
+text may. Unedited, the first sample with seed {seed}, its prompt and its text:
 
+    {prompt}
     {text}
 """
 
@@ -55,7 +61,7 @@ class Config(Sampling):
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the window of the network leaves
     batch_size: int = 8              # samples at a time; in float32 it does not change them
-    seed: int = 1                    # same seed, same text
+    seed: int = 0                    # same seed, same text; 0: a new one each time, which is said
     device: str = "auto"             # auto, cpu, cuda, mps
     dtype: str = "auto"              # auto, float32, bfloat16: of the matrix products
     quantize: str = "none"           # none, int8: of the weights, which saves memory and not time
@@ -77,8 +83,10 @@ class Config(Sampling):
             raise UserError("--text is for --mode=infill; use --prompt, or add --mode=infill")
         if self.export and (self.mode != "generate" or self.quantize != "none"):
             raise UserError("--export writes a whole network and a sample; leave out mode and quantize")
-        if self.html and not Path(self.html).parent.is_dir():
-            raise UserError(f"html={self.html}: there is no folder {Path(self.html).parent}; choose another file")
+        if self.mode == "generate" and BLANK.search(self.prompt):
+            raise UserError("a prompt is continued, not filled in; give text with [MASK] as --mode=infill --text=...")
+        if self.html:
+            check_page(Path(self.html))
 
 
 def log(*words):
@@ -91,10 +99,13 @@ def read_text(text):
     """The text itself, or of @FILE, or - for stdin."""
     try:
         if text == "-":
-            return sys.stdin.read().strip("\n")
-        return Path(text[1:]).read_text(encoding="utf-8").strip("\n") if text.startswith("@") else text
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {text[1:] or 'stdin'} ({error}); name a text file") from None
+            text = sys.stdin.read().strip("\n")
+        elif text.startswith("@"):
+            text = read_file(text[1:], 2**26).decode().strip("\n")
+        text.encode()                                   # what is not UTF-8 on the command line
+    except UnicodeError as error:
+        raise UserError(f"the text {shorten(text)} is not UTF-8 ({error}); save it as UTF-8") from None
+    return text
 
 
 def read_prompts(text):
@@ -108,20 +119,22 @@ def read_prompts(text):
 
 
 def read_blanks(text, encode):
-    """Text with [MASK] and [MASK:n] in pieces: lists of token ids, and the numbers n of blank tokens, 0 if open."""
+    """Text with [MASK] and [MASK:n] in pieces: lists of token ids, and the numbers n of blank tokens, 0 if open; and
+    for each blank whether it stands behind a space."""
     for found in re.finditer(r"(?i)\[\s*mask[^\]]{0,20}\]", text):
         if not BLANK.fullmatch(found[0]):
             raise UserError(f"{found[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
     if not BLANK.search(text):
         raise UserError(f"--text={text!r} has no [MASK], in capitals; write for example \"The sky is [MASK:2] today.\"")
-    pieces, end = [], 0
+    pieces, spaced, end = [], [], 0
     for blank in BLANK.finditer(text):
         n = int(blank[1] or 0)
         if blank[1] and not 1 <= n <= 10_000:
             raise UserError(f"{blank[0].strip()} is a blank of {n} tokens; write [MASK:1] or some more, or [MASK]")
         pieces += [encode(text[end:blank.start()]), n]
+        spaced.append(blank[0].startswith(" "))
         end = blank.end()
-    return [*pieces, encode(text[end:])]
+    return [*pieces, encode(text[end:])], spaced
 
 
 def encode_prompt(prompt, tokenizer, answers, begins):
@@ -133,6 +146,31 @@ def encode_prompt(prompt, tokenizer, answers, begins):
 
 
 # ---- output ----
+
+def join(left, right):
+    """Two texts, with a space where a word would run into another."""
+    return left + " " * (left[-1:].isalnum() and right[:1].isalnum()) + right
+
+
+def spell(tokenizer, pieces, spaced):
+    """The text of pieces of token ids, of which every second fills a blank; one behind a space begins a word."""
+    data = b""
+    for i, piece in enumerate(pieces):
+        runs = itertools.groupby(piece, tokenizer.eot_token.__eq__)        # a blank line tells documents apart
+        new = b"".join(b"\n\n" if is_end else tokenizer.decode_bytes(list(run)) for is_end, run in runs)
+        data += b" " * (i % 2 and spaced[i // 2] and new[:1].isalnum()) + new
+    return data.decode(errors="replace")
+
+
+def check_page(path):
+    """Raise UserError unless the page can be written: into a folder that is there, over nothing but a page of ours."""
+    if not path.parent.is_dir():
+        raise UserError(f"html={path}: there is no folder {path.parent}; choose another file")
+    if path.exists() and read_file(path, 2**26)[:100] != PAGE.read_bytes()[:100]:
+        raise UserError(f"html={path} is there already, and no page of ours; choose another file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"html={path}: nothing can be written to {path.parent}; choose another file")
+
 
 class Watch:
     """What `generate` shows each step to: it redraws the first sample in the terminal, if asked, and keeps for a page
@@ -172,7 +210,7 @@ class Watch:
 
 def print_sample(cfg, prompt, number, text, answers):
     """One sample to stdout: as JSON, or as text with its prompt in front, if it is not an answer."""
-    text = text.strip() if answers else text
+    text = text.strip() if answers else join(prompt, text)[len(prompt):]
     if cfg.json:
         row = dict(prompt=prompt, text=text, seed=cfg.seed, number=number)
         return print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -192,10 +230,7 @@ def save_page(path, alpha_bar, tokenizer, ids, frames):
         if words:                                           # not those after the end
             steps.append([t, round(float((1 - alpha_bar[t]) ** 0.5), 4), words])
     data = json.dumps(dict(tokens=tokens, steps=steps)).replace("<", "\\u003c")
-    try:
-        Path(path).write_text(PAGE.read_text(encoding="utf-8").replace("DATA", data), encoding="utf-8")
-    except OSError as error:
-        raise Fault(f"cannot write html={path} ({error.strerror}); choose another file") from None
+    write_file(Path(path), PAGE.read_text(encoding="utf-8").replace("DATA", data).encode())
     log(f"{path}: {len(steps)} steps to look at, in any browser")
 
 
@@ -204,11 +239,13 @@ def export_network(cfg, path, content, text):
     folder, data = Path(cfg.export), content["data"]
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"export={folder} is there already; choose a new folder")
-    found = {name: content.get(name) for name in ("tokens", "bound", "bound_error", *ckpt.USUAL)}
+    found = {name: content.get(name) for name in (*ckpt.MEASURED, *ckpt.USUAL)}
     log_file = path.parent / "log.jsonl" if path.is_file() else Path()
-    for line in log_file.read_text().splitlines() if log_file.is_file() else []:
-        row = json.loads(line) if line.endswith("}") else {}           # the last may be cut short
-        if row.get("step", 0) <= content["step"]:
+    for line in read_file(log_file).splitlines() if log_file.is_file() else []:
+        with contextlib.suppress(ValueError, UserError):               # the last may be cut short
+            row = json.loads(line)
+            check_fields(log_file, row, step=(int, 0, content["step"]),
+                         **{name: rule for name, rule in ckpt.MEASURED.items() if name in row})
             found |= {name: row[name] for name in found if name in row}
     ckpt.export(folder, content, **found)
     facts = {"training text": data["label"], "its licence": data["licence"], "tokenizer": data["tokenizer"]["name"],
@@ -217,14 +254,15 @@ def export_network(cfg, path, content, text):
         facts["bound on held-out text"] = f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token"
     if "base" in data:
         facts["begun with"] = "{label}; licence: {licence}; {steps:,} steps".format(**data["base"])
-    facts = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    card = dict(name=folder.resolve().name, facts=facts, seed=cfg.seed, prompt=json.dumps(cfg.prompt))
+    facts = "\n".join(f"- {name}: {escape(printable(str(value)))}" for name, value in facts.items())
+    card = dict(name=folder.resolve().name, facts=facts, seed=cfg.seed, prompt=printable(cfg.prompt, 10_000))
     try:
-        (folder / "README.md").write_text(CARD.format(text=" ".join(text.split()), **card), encoding="utf-8")
+        text = printable(" ".join(text.split()), 10_000)
+        (folder / "README.md").write_text(CARD.format(text=text, **card), encoding="utf-8")
     except OSError as error:
         raise Fault(f"cannot write export={folder} ({error.strerror}); choose another folder") from None
     log(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; complete its README.md, use it with "
-        f"--checkpoint={folder}, share it with: hf upload USER/NAME {folder}")
+        f"--checkpoint={shlex.quote(cfg.export)}, share it with: hf upload USER/NAME {shlex.quote(cfg.export)}")
 
 
 # ---- the program ----
@@ -237,7 +275,8 @@ def say_what(cfg, network, prompts, planned, machine):
         log(f"warning: guidance_scale={cfg.guidance_scale} is not used with --mode=infill")
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
     again = f", {planned.revisions} revisions at most" if planned.revisions else ""
-    log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps{again}, {machine}")
+    log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps{again}, {machine}, "
+        f"seed {cfg.seed}")
     if cfg.mode == "generate" and not all(prompt.strip() for prompt in prompts):
         log("no prompt: the samples are unconditional")
         if "guidance_scale" in cfg.given:
@@ -245,16 +284,17 @@ def say_what(cfg, network, prompts, planned, machine):
 
 
 def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
-    """(samples with these numbers, lists of token ids without what was given before them; the first one in full)."""
-    makers = [partial(generator, model.wte.device, cfg.seed, number) for number in numbers]
+    """(samples with these numbers, in pieces of token ids, of which the second was written; all ids of the first)."""
+    asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()    # other noise then
+    makers = [partial(generator, model.wte.device, cfg.seed, number, *asked) for number in numbers]
     if pieces:
         made = infill(model, pieces, cfg, makers, watch)
-        return [ids[ids[:1] == [eot]:] for ids in made], made[0]
+        return [[ids[0][ids[0][:1] == [eot]:], *ids[1:]] for ids in made], sum(made[0], [])
     texts = generate(model, canvas, cfg, [make() for make in makers], watch, eot).tolist()
     given = int(canvas.known.sum())
     cut = cut_at_eot if given else first_document
-    made = [cut(ids[given:], eot) for ids in texts]
-    return made, texts[0][:given + len(made[0]) + (not given and texts[0][0] == eot)]
+    made = [[[], cut(ids[given:], eot)] for ids in texts]
+    return made, texts[0][:given + len(made[0][1]) + (not given and texts[0][0] == eot)]
 
 
 @torch_faults()
@@ -263,6 +303,7 @@ def main(cfg):
     path, content = ckpt.find_network(cfg.checkpoint or "out")
     given, usual = cfg.given, ckpt.usual(content)
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in given})
+    cfg = cfg if cfg.seed else replace(cfg, seed=secrets.randbelow(10**6) + 1)
     object.__setattr__(cfg, "given", given)
     if cfg.revisions > usual.get("revisions", cfg.revisions):
         log(f"warning: revisions={cfg.revisions}, but this network has not learnt to read token by token")
@@ -273,12 +314,11 @@ def main(cfg):
     answers = content["data"]["kind"] == "instructions" and cfg.mode == "generate"
     begins = content["data"].get("align", 0) > 0                        # its windows began with a document
     eot, prompts = tokenizer.eot_token if answers or begins else None, read_prompts(cfg.prompt)
-    pieces, fixed = [], 0                       # fixed: tokens of the text around the blanks
+    pieces, spaced = [], [False]
     if cfg.mode == "infill":
-        pieces = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
+        pieces, spaced = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
         pieces[0] = [tokenizer.eot_token] * begins + pieces[0]
         idx, known = to_canvas(pieces)
-        fixed = int(known.sum()) - begins
         canvases = [infill_canvas(idx[None], known, int((~known).nonzero()[0]), model.cfg)[1]]
     else:
         ids = [encode_prompt(prompt, tokenizer, answers, begins) for prompt in prompts]
@@ -286,7 +326,7 @@ def main(cfg):
     plans = [plan(cfg, model.cfg, canvas.known) for canvas in canvases]
     if cfg.export:
         made, _ = write_batch(cfg, model, canvases[0], [], [0], None, eot)
-        return export_network(cfg, path, content, tokenizer.decode(made[0]))
+        return export_network(cfg, path, content, spell(tokenizer, made[0], spaced))
     network = f"{path}: step {content['step']:,}, trained on {content['data']['label']}"
     say_what(cfg, network, prompts, plans[0], f"{device}, {str(dtype)[6:]}")
     if 0 in pieces:
@@ -299,9 +339,9 @@ def main(cfg):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             watch = Watch(cfg, tokenizer, canvas.known, planned.most_steps)
             made, shown = write_batch(cfg, model, canvas, pieces, numbers, watch, eot)
-            tokens += sum(map(len, made)) - len(made) * fixed
+            tokens += sum(len(piece) for ids in made for piece in ids[1::2])
             for number, ids in zip(numbers, made, strict=True):
-                print_sample(cfg, prompt, number, tokenizer.decode(ids), answers)
+                print_sample(cfg, prompt, number, spell(tokenizer, ids, spaced), answers)
             if cfg.html and first == 0 and canvas is canvases[0]:
                 save_page(cfg.html, model.alpha_bar(), tokenizer, shown, watch.frames)
     seconds = time.perf_counter() - clock

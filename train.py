@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from configurator import Fault, UserError, describe, in_range, one_of, run      # catches Ctrl-C from here on
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -34,12 +35,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint as ckpt
 import diffusion
 import machine as mc
-from configurator import Fault, UserError, describe, in_range, one_of, run
 from data import (EMBEDDED, Dataset, Texts, cut_at_eot, find_dataset, first_document, get_tokenizer, lock, make_batch,
                   read_meta, step_batches)
 from generate import Canvas, Sampling, bound, generate, generators
 from model import FLEX, ModelConfig, SunFish, add_lora, fused_cross_entropy
 
+HEARTBEAT = 30                           # seconds after which a step says how far it is
 SCHEDULE_RATE = 3e-3                     # learning rate of the fitted schedule's three scalars
 
 
@@ -91,14 +92,15 @@ class Config(ModelConfig):
     def check(self):
         """Raise UserError for settings that cannot work."""
         super().check()
-        in_range(self, 1, 1e18, "batch_tokens", "max_steps", "max_block_length", "log_interval",
-                 "save_interval", "keep_last")
+        in_range(self, 1, 1e8, "batch_tokens")
+        in_range(self, 1, 1e18, "max_steps", "max_block_length", "log_interval", "save_interval", "keep_last")
         in_range(self, 2, 1e18, "eval_sequences")
         in_range(self, 0, 1e18, "batch_size", "warmup_steps", "weight_decay", "grad_clip", "eval_interval",
                  "keep_interval", "lora_rank")
         in_range(self, 0, 1, "p_single", "p_window", "p_strided", "p_given", "self_conditioning",
                  "conditioning_dropout", "ema_decay", "align")
-        in_range(self, 1e-12, 1e3, "learning_rate", "lora_alpha")
+        in_range(self, 1e-12, 1, "learning_rate")
+        in_range(self, 1e-12, 1e3, "lora_alpha")
         one_of(self, "dtype", "auto", "float32", "bfloat16")
         one_of(self, "compile", "auto", "true", "false")
         one_of(self, "parallel", "auto", "ddp", "fsdp")
@@ -290,9 +292,8 @@ def open_data(cfg, base=None):
         theirs = base["data"]
         data["base"] = {"label": theirs["label"], "licence": theirs["licence"], "steps": base["step"]}
         if data["tokenizer"] != theirs["tokenizer"]:
-            mine, other = (f"{part['tokenizer']['name']} of {part['vocab_size']:,} ids" for part in (data, theirs))
-            raise UserError(f"dataset={cfg.dataset} has the tokenizer {mine}, and init_from={cfg.init_from} {other}; "
-                            "prepare the text with --tokenizer=gpt2, or the folder of its shards")
+            raise UserError(f"dataset={cfg.dataset} was prepared with another tokenizer than that of init_from="
+                            f"{cfg.init_from}; prepare it again with --tokenizer=FOLDER of that one's text")
     splits = ("train", cfg.align), ("val", math.ceil(cfg.align))            # what is held out is scored aligned
     return data, *(Dataset(folder, split, cfg, data["vocab_size"], align) for split, align in splits)
 
@@ -533,6 +534,7 @@ class Log:
         self.cfg, self.file = cfg, file
         self.device, self.wandb_id = device, wandb_id
         self.run, self.last = None, (start, time.perf_counter(), 0.0)
+        self.warned = False                                 # of a run of days
         if file:
             truncate_log(file, start)
         if file and cfg.wandb_log:
@@ -550,6 +552,10 @@ class Log:
                    tokens_per_second=self.cfg.batch_tokens * steps / seconds, step_ms=1000 * seconds / steps,
                    data_ms=1000 * waited / steps, peak_gb=mc.peak_gb(self.device))
         left = (self.cfg.max_steps - done) * seconds / steps / 60
+        if left > 2 * 24 * 60 and not self.warned:
+            self.warned = True
+            print(f"warning: at this speed the run takes {left / 24 / 60:,.0f} days; a smaller network or fewer steps "
+                  "are config/tiny.py and --max_steps", file=sys.stderr)
         try:
             print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
                   "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "
@@ -588,12 +594,12 @@ def truncate_log(file, start):
     """Cut a log before its first row after step `start`, and before a last line that was cut short."""
     end, lines = 0, file.buffer
     lines.seek(0)
-    for line in lines:
+    while line := lines.readline(2**20):                                    # a longer one is no row
         with contextlib.suppress(ValueError, TypeError, LookupError):       # a line that is no row stays
             if json.loads(line)["step"] > start:
                 break
         if line.endswith(b"\n"):
-            end += len(line)
+            end = lines.tell()
     file.truncate(end)
 
 
@@ -624,12 +630,15 @@ def all_batches(cfg, data, start, device):
 def train_step(model, optimizer, batches, cfg, step, machine):
     """One optimizer step: (mean loss of a token in nats, norm of the gradient); Fault, before the update, if they are
     not finite or memory does not suffice."""
-    n, losses = len(cfg.micro_batches()), []
+    n, losses, clock = len(cfg.micro_batches()), [], time.perf_counter()
     try:
         for i in range(n):
             batch = next(batches)
             sync_gradients(model, i == n - 1)
             losses.append(backward(model, batch, machine))
+            if time.perf_counter() - clock > HEARTBEAT and i < n - 1:
+                print(f"step {step + 1}: {i + 1} of {n} batches")
+                clock = time.perf_counter()
     except torch.OutOfMemoryError:
         raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak "
                     f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size (the step stays the same)") from None

@@ -124,3 +124,11 @@ def losses(folder):
     found = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     assert [step for step, _ in found] == list(range(1, len(found) + 1)), "each step is logged once"
     return dict(found)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked fuzz unless it is asked for: it takes minutes and is another each time."""
+    if "fuzz" not in (config.option.markexpr or ""):
+        fuzz = [item for item in items if item.get_closest_marker("fuzz")]
+        config.hook.pytest_deselected(items=fuzz)
+        items[:] = [item for item in items if item not in fuzz]

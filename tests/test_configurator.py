@@ -85,8 +85,9 @@ def test_refused_arguments(argv, says):
     ("lr = True", "finite"), ("\n\nn_layerz = 1", ":3: n_layerz is not a setting; did you mean n_layer?"),
     ("lr = = 1", ":1: invalid syntax"), ("a\0b", "null bytes"), ("lr, n_head = 1, 2", "never run"),
     ("lr = 1 + 'a'", "lr = 1 + 'a'"), ("prompt = 'a' * 99999999999", "arithmetic is for numbers"),
-    ("lr = " + 3000 * "-" + "1", ":1: "), ("lr = " + 1100 * "-" + "1", "lr is too deep"), ("lr = " + 200_000 * "(" + "1", ":1: "),
-    ("n_layer = " + 5000 * "1", "4300 digits"), ("n_layer = " + 2000 * "1", "n_layer=1111")])
+    ("lr = " + 3000 * "-" + "1", ":1: "), ("lr = " + 1100 * "-" + "1", "lr is too deep"),
+    ("lr = " + 200_000 * "(" + "1", ":1: "), ("n_layer = " + 5000 * "1", "4300 digits"),
+    ("n_layer = " + 2000 * "1", "n_layer=1111")])
 def test_refused_files(tmp_path, text, says):
     path = tmp_path / "bad.py"
     path.write_text(text)
@@ -120,7 +121,8 @@ def test_what_others_call_a_setting_is_known(name, hint):
 
 
 @pytest.mark.parametrize("content, says", [
-    ([1], "x.json holds [1] where names and values should be"), ({}, "x.json: n is None, and should be int from 1 to 9"),
+    ([1], "x.json holds [1] where names and values should be"),
+    ({}, "x.json: n is None, and should be int from 1 to 9"),
     ({"n": "3"}, "n is '3'"), ({"n": 0}, "n is 0"), ({"n": True}, "n is True"), ({"n": 3}, "rate is None"),
     ({"n": 3, "rate": math.nan}, "rate is nan, and should be float from 0 to 1"),
     ({"n": 3, "rate": 1, "name": "a" * 999}, None), ({"n": 3, "rate": 1, "name": 999 * [0]}, "0, 0,..., and")])
@@ -182,6 +184,14 @@ def test_a_run_ends_with_one_line_and_its_code(tmp_path, line, args, code, err):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), line=line))
     done = subprocess.run([sys.executable, tmp_path / "script.py", *args], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (code, err, "" if args else "begun\n")
+
+
+@pytest.mark.parametrize("name", ["sample", "train"])
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path, name):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    code = f"import sys; sys.path[:0] = {[str(tmp_path), str(ROOT)]}; import {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr == "error: interrupted\n"
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

@@ -6,11 +6,13 @@ fault), a read-only file system (tests may run as root, whom no mode bits stop: 
 it), and the death of a machine among several.
 """
 import contextlib
+import io
 import json
 import multiprocessing
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -254,7 +256,8 @@ def test_an_id_out_of_range_never_reaches_the_device(command, shards, tmp_path):
 
 def test_a_network_of_nan_stops_before_the_update(command, trained):
     weights = checkpoint.read(trained / "ckpt_00000004.pt")["model"]
-    replace(trained / "ckpt_00000004.pt", model={**weights, "head.weight": weights["head.weight"] * float("nan")})
+    huge = {**weights, "head.weight": torch.full_like(weights["head.weight"], 3e38)}   # finite, its products are not
+    replace(trained / "ckpt_00000004.pt", model=huge)
     err = call([*command, "--resume", "--max_steps=8"], code=1).stderr
     assert "step 5: loss nan, gradient norm nan at learning rate" in err and "resume from the last checkpoint" in err
     assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"] and len(losses(trained)) == 4
@@ -351,6 +354,20 @@ def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypat
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert row["step_ms"] > row["data_ms"] > 100                        # two batches, made beside little work
     assert f"data {row['data_ms']:.0f} ms" in out
+
+
+def test_a_slow_step_says_how_far_it_is_and_a_run_of_days_is_warned_about(command, monkeypatch):
+    monkeypatch.setattr(train, "HEARTBEAT", 0)
+    out = call([*command, "--max_steps=1"])
+    assert "step 1: 1 of 2 batches\n" in out.stdout and "step 1: 2 of 2" not in out.stdout and not out.stderr
+    monkeypatch.setattr(train, "train_step", lambda *args: (1.0, 1.0))
+    log = train.Log(train.Config(max_steps=10**9), None, 0, None, torch.device("cpu"))
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as err:
+        for done in (1, 2):
+            time.sleep(0.01)
+            log.step(done, 1.0, 1.0, 1e-3, 0.0)
+    days, = re.findall(r"warning: at this speed the run takes (\d+) days", err.getvalue())
+    assert 100 < int(days) < 10_000
 
 
 @pytest.mark.parametrize("how, words", [

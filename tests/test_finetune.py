@@ -136,7 +136,7 @@ def test_what_was_trained_on_another_way_is_refused(command, shards, tmp_path):
     other = shutil.copytree(shards, tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
     (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": {"name": "gpt2"}}))
-    for args, words in (([f"--dataset={other}"], "has the tokenizer gpt2"),
+    for args, words in (([f"--dataset={other}"], "was prepared with another tokenizer"),
                         (["--n_embd=64"], "n_embd=64 is 32 in init_from"),
                         ([f"--init_from={tmp_path}"], "no checkpoint at init_from"),
                         (["--init_from=", "--lora_rank=2"], "name it with --init_from"),

@@ -212,11 +212,11 @@ def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, mon
     canvas = Canvas(torch.randint(50, (9, 12)), known, torch.randint(50, (9, 3)))
     blocks = diffusion.block_order(~known, block_length, strided)
 
-    def compared(decoder, pos):
+    def compared(decoder, pos, block):
         order = blocks.masked_fill(blocks > blocks[pos[0]], LATER)
         order[pos] += torch.arange(len(pos))
         cost = surprises(small, canvas, decoder.tokens, order, guidance)[:, pos]
-        held.append(read(decoder, pos))
+        held.append(read(decoder, pos, block))
         for row, rare in zip(held[-1].tolist(), (cost > -math.log(DOUBT)).tolist(), strict=True):
             assert row == [not any(rare[:i + 1]) for i in range(len(pos))]
         return torch.ones_like(held[-1])
@@ -238,7 +238,7 @@ def test_what_holds_is_seen_as_given_and_stays_while_the_rest_is_rewritten(small
     canvas = Canvas(torch.randint(50, (2, 12)), known, torch.randint(50, (2, 3)))
     blocks, start = diffusion.block_order(~known, block_length, strided), known.cummin(0).values
 
-    def read(decoder, pos):
+    def read(decoder, pos, block):
         decoder.before = decoder.tokens.clone()
         decoder.held = torch.arange(len(pos)) < torch.tensor([[1], [len(pos)]])         # all of the second text
         return decoder.held
@@ -271,7 +271,7 @@ def test_a_text_is_read_until_it_holds_or_so_many_times(small, monkeypatch):
 
     def count(answers, **settings):
         calls = []
-        monkeypatch.setattr(Decoder, "read", lambda decoder, pos: torch.full((1, len(pos)), next(answers)))
+        monkeypatch.setattr(Decoder, "read", lambda decoder, pos, block: torch.full((1, len(pos)), next(answers)))
         generate(small, canvas, Sampling(**{"block_length": 6, "steps": 2, **settings}), generators("cpu", 1, [0]),
                  lambda *step: calls.append(step))
         return len(calls)

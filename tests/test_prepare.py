@@ -214,7 +214,7 @@ def test_meta_files_that_are_damaged_or_not_true_are_refused(tmp_path):
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta | {"finished": False}))
     assert "not finished" in refused(read_meta, folder) and "no data" in refused(find_dataset, str(folder))
-    path.write_text(json.dumps(meta | {"shards": [*meta["shards"], {"name": "train_000001.bin"}]}))
+    path.write_text(json.dumps(meta | {"shards": [*meta["shards"], {**meta["shards"][0], "name": "train_000001.bin"}]}))
     assert "train_000001.bin is missing" in refused(read_meta, folder)
     wrong = [json.dumps(meta | change) for change in ({"vocab_size": "300"}, {"shards": [3]}, {"tokenizer": None})]
     for text in ("{}", "[]", "{", "5", "", "\xff", *wrong):
@@ -268,11 +268,41 @@ def test_all_kinds_of_files_give_their_documents(tmp_path):
     table = pyarrow.table({"id": range(10), "text": texts[30:40]})
     parquet.write_table(table, source / "d.parquet", row_group_size=3)
     (source / "sub" / "e.txt").write_text(texts[40] + "\n<|endoftext|>\n")
-    (source / "f.md").write_text("ignored")
+    (source / "f.doc").write_text("ignored")
     prepare_in(tmp_path, f"--source={source}", "--out=o ü", "--val_fraction=0", *SMALL)
     assert documents(tmp_path / "o ü", "train") == [*texts[:40], texts[40] + "\n<|endoftext|>\n"]
     prepare_in(tmp_path, f"--source={source}/d.*", "--val_fraction=0", *SMALL)
     assert documents(tmp_path / "data" / "d", "train") == texts[30:40]
+
+
+def test_markdown_is_read_what_is_skipped_is_named_and_a_pipe_is_passed_over(tmp_path, capsys):
+    source = tmp_path / "t"
+    source.mkdir()
+    (source / "a.md").write_text("# one")
+    for name in ("b.doc", "c.pdf", "d.epub", "e", "f.rtf"):
+        (source / name).write_text("skipped")
+    os.mkfifo(source / "z.txt")
+    pf.prepare(pf.Config(str(source), "corpus", 300, val_fraction=0, out=str(tmp_path / "o")))
+    assert documents(tmp_path / "o", "train") == ["# one"]
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("b.doc", "c.pdf", "d.epub")) and "and 2 more" in err and "f.rtf" not in err
+
+
+def test_chats_are_instructions_and_their_last_message_the_response(tmp_path):
+    chat = [dict(role="system", content="Be kind."), dict(role="user", content="Hi?")]
+    chat.append(dict(role="assistant", content="Ho."))
+    assert pf.read_record({"messages": chat}) == ("Be kind.\nHi?\n\nAnswer:", " Ho.")
+    again = [*chat, dict(role="user", content="Why?"), dict(role="assistant", content="So.")]
+    assert pf.read_record({"messages": again, "text": 3}) == ("Be kind.\nHi?\nHo.\nWhy?\n\nAnswer:", " So.")
+
+
+def test_no_line_and_no_file_is_taken_into_memory_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(pf, "LONGEST", 1000)
+    (tmp_path / "a.txt").write_text("word " * 500)
+    assert [len(row["text"]) for row in pf.read_rows(tmp_path / "a.txt", ".txt")] == [1000, 1000, 500]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"x" * 2000 + b'"}'))
+    with pytest.raises(ValueError, match="a line of more than 1,000 characters"):
+        list(pf.read_rows(tmp_path / "a.jsonl.gz", ".gz"))
 
 
 def test_damaged_bytes_are_replaced_and_counted(tmp_path):
@@ -294,6 +324,10 @@ def test_damaged_bytes_are_replaced_and_counted(tmp_path):
     ("a.jsonl.xz", lzma.compress(b'{"text": "fine"}\n' * 9)[:-9], "a.jsonl.xz:"),
     ("a.jsonl.xz", b"no archive at all", "a.jsonl.xz:1: cannot be read"),
     ("a.parquet", b"PAR1 and no more", "a.parquet:1: cannot be read"),
+    ("a.txt", "It was a dark night. ".encode("utf-16"), "a.txt:1: cannot be read: no text in UTF-8"),
+    ("a.md", bytes(range(256)) * 99, "a.md:1: cannot be read: no text in UTF-8"),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', "should end with one of role assistant"),
+    ("a.jsonl", b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "hi"}]}', "a.jsonl:1: cannot"),
     ("a.pdf", b"%PDF", "source=a.* is no file"), ("a.txt", b"", "no tokens"), ("a.txt", b" \n\t\r\n", "no tokens"),
     ("a.jsonl", b"", "no tokens"), ("b.txt", b"x", "source=a.* is no file")])
 def test_bad_sources_are_refused_and_leave_nothing(tmp_path, monkeypatch, name, data, says):
