@@ -101,7 +101,7 @@ def check_fields(where, content, **fields):
     for name, rule in fields.items():
         kind, *limits = rule if type(rule) is tuple else (rule,)
         value = content.get(name)
-        fits = type(value) is kind or kind is float and type(value) is int
+        fits = isinstance(value, (kind, int) if kind is float else kind) and (type(value) is bool) == (kind is bool)
         if not fits or limits and not limits[0] <= value <= limits[1]:
             span = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
             raise UserError(f"{where}: {name} is {shorten(value)}, and should be {kind.__name__}{span}")

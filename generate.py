@@ -95,18 +95,19 @@ class Decoder:
         self.log_snr = diffusion.log_snr(torch.arange(len(self.alpha_bar)), self.alpha_bar).to(device)
         self.E = self.vectors.to(model.dtype)                              # of the products
         self.tokens = canvas.idx.to(device).clamp(min=0).expand(len(rng), -1).clone()
-        order = order.expand_as(self.tokens)
-        to_write = (order >= 0) & (order < LATER)
+        self.blocks = torch.atleast_2d(order)                              # (1 or B, T) on the CPU
+        to_write = (self.blocks >= 0) & (self.blocks < LATER)
         self.new = (~to_write.any(0)).nonzero().flatten().to(device)       # clean tokens that are not in the cache yet
-        self.cache = [LayerCache(order.size(1)) for _ in model.layers]
+        self.cache = [LayerCache(self.blocks.size(1)) for _ in model.layers]
         self.predict = Replay(self.predict_once, device)
-        start = (order < 0).cummin(1).values & to_write.any(1, keepdim=True)       # given, nothing to write before it
+        start = (self.blocks < 0).cummin(1).values & to_write.any(1, keepdim=True)     # given, nothing written before
         prompt = canvas.prompt.to(device).expand(len(rng), -1)
         self.rows = 2 if cfg.guidance_scale != 1 and (prompt.numel() or start.any()) else 1
         visible = torch.ones_like(prompt, dtype=torch.bool)
         visible = torch.cat((visible, ~visible)[:self.rows])
         self.prompt = model.encode_prompt(prompt.repeat(self.rows, 1), visible, self.E)
-        self.planned = torch.cat((order, torch.where(start, LATER, order))[:self.rows]).to(device)  # (rows * B, T)
+        orders = self.blocks, torch.where(start, LATER, self.blocks)
+        self.planned = torch.cat([x.expand_as(self.tokens) for x in orders[:self.rows]]).to(device)    # (rows * B, T)
         self.order, self.near = self.planned.clone(), neighbours(self.planned) <= self.planned[..., None]
 
     def hidden(self, clean, here, x_t, log_snr, guess):
@@ -126,10 +127,11 @@ class Decoder:
     def write_block(self, block, steps, revisions=0):
         """Write the tokens of a block in so many steps; then read them, and write again what does not hold. Returns
         where they stand, pos (n,): in one text some of these may be known that another lacks."""
-        is_now = self.planned[:len(self.rng)] == block
+        is_now, device = self.blocks == block, self.tokens.device
         pos = is_now.any(0).nonzero().flatten()
-        fixed = ~is_now[:, pos]
-        self.denoise(pos, steps, self.rng, fixed)
+        fixed, pos = ~is_now[:, pos], pos.to(device)
+        is_mixed, fixed = bool(fixed.any()), fixed.expand(len(self.rng), -1).to(device)
+        self.denoise(pos, steps, self.rng, fixed if is_mixed else None)
         for _ in range(revisions):
             held = self.read(pos, block) | fixed
             done = held.all(1).tolist()                     # whose noise then would depend on the others of the batch
@@ -141,10 +143,12 @@ class Decoder:
         self.new = pos
         return pos
 
-    def denoise(self, pos, steps, rng, held):
+    def denoise(self, pos, steps, rng, held=None):
         """Write the tokens at pos (n,) in place, but for those in held (B, n), which the others see as given. The last
         step draws them, the others look at the best ones."""
         guess, calls = None, 0
+        is_free = held is None
+        held = torch.zeros_like(self.tokens[:, pos], dtype=torch.bool) if is_free else held
         self.order.copy_(self.planned)                      # in place, for recorded steps read it there
         self.order[:, pos] = (self.order[:, pos] - held.repeat(self.rows, 1).long()).clamp(min=-1)
         self.near.copy_(neighbours(self.order) <= self.order[..., None])
@@ -164,7 +168,7 @@ class Decoder:
 
         x_0, eta = self.vectors[self.tokens[:, pos]], self.cfg.eta
         x_T = diffusion.randn(x_0, rng)
-        if held.any() or self.cfg.sampler == "constrained_ddim":
+        if not is_free or self.cfg.sampler == "constrained_ddim":
             sample_constrained_ddim(denoise, x_T, self.alpha_bar, x_0, held, steps, eta, rng)
         elif self.cfg.sampler == "ddpm":
             sample_ddpm(denoise, x_T, self.alpha_bar, steps, rng)
@@ -174,7 +178,8 @@ class Decoder:
     def read(self, pos, block):
         """Where the text of a block, at pos (n,), holds (B, n): up to the first token that is not `plausible` after
         those before it and all of earlier blocks. One call of the network, in the autoregressive limit."""
-        model, is_now, each = self.model, self.planned == block, torch.arange(self.planned.size(1), device=pos.device)
+        model, is_now = self.model, self.planned == block
+        each = torch.arange(self.planned.size(1), device=pos.device)
         order = torch.where(self.planned < block, self.planned, torch.where(is_now, block + each, LATER))
         T = 1 + int((order < LATER).any(0).nonzero()[-1])
         x_0, level = self.E[self.tokens[:, :T]].repeat(self.rows, 1, 1), self.log_snr[-1:].expand(len(order), T)

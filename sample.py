@@ -126,7 +126,8 @@ def read_blanks(text, encode):
             raise UserError(f"{found[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
     if not BLANK.search(text):
         raise UserError(f"--text={text!r} has no [MASK], in capitals; write for example \"The sky is [MASK:2] today.\"")
-    pieces, spaced, end = [], [], 0
+    pieces, spaced = [], []
+    end = 0
     for blank in BLANK.finditer(text):
         n = int(blank[1] or 0)
         if blank[1] and not 1 <= n <= 10_000:

@@ -630,7 +630,8 @@ def all_batches(cfg, data, start, device):
 def train_step(model, optimizer, batches, cfg, step, machine):
     """One optimizer step: (mean loss of a token in nats, norm of the gradient); Fault, before the update, if they are
     not finite or memory does not suffice."""
-    n, losses, clock = len(cfg.micro_batches()), [], time.perf_counter()
+    n, losses = len(cfg.micro_batches()), []
+    clock = time.perf_counter()
     try:
         for i in range(n):
             batch = next(batches)

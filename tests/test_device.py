@@ -168,7 +168,7 @@ def test_a_block_is_written_without_asking_the_device_for_a_number(without_value
     decoder = Decoder(net, canvas, cfg, order, [None, None], None)
     decoder.predict.f = lambda *inputs: calls.append(inputs) or decoder.predict_once(*inputs)
     for block in order[~canvas.known].unique():
-        decoder.write_block((order == block).nonzero().flatten().to("meta"), 3)
+        decoder.write_block(block, 3)
     assert len(calls) == 3 * len(order[~canvas.known].unique()) and decoder.tokens.device.type == "meta"
 
 
