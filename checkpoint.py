@@ -85,11 +85,12 @@ def read_network(path):
     of_adapters = dict(lora_rank=(int, 1, 1e6), lora_alpha=float, init_from=str) if "base" in content else {}
     of_run = {**USUAL, **MEASURED, "base": str, "model": dict, "optimizer": dict, "wandb_id": str, "world_size": int}
     try:
-        check_fields(path, content, step=(int, 0, 1e12), config=dict, data=dict, ema=dict, **there(of_run, content))
+        of_run = {name: rule for name, rule in of_run.items() if content.get(name) is not None}
+        check_fields(path, content, step=(int, 0, 1e12), config=dict, data=dict, ema=dict, **of_run)
         check_fields(f"{path}, config", content["config"], **typing.get_type_hints(ModelConfig), **of_adapters)
         data = content["data"]
-        check_fields(f"{path}, data", data, vocab_size=(int, 2, 2**16), tokenizer=dict, **dict.fromkeys(LABELS, str),
-                     **there(dict(align=(float, 0, 1), base=dict), data))
+        of_data = dict(vocab_size=(int, 2, 2**16), tokenizer=dict, **dict.fromkeys(LABELS, str))
+        check_fields(f"{path}, data", data, **of_data, **({"align": (float, 0, 1)} if "align" in data else {}))
         if "base" in data:
             check_fields(f"{path}, data, base", data["base"], label=str, licence=str, steps=int)
         model_config(content).check()
@@ -98,11 +99,6 @@ def read_network(path):
         raise Fault(f"{path} is not a sound network ({reason(error)})") from None
     data.update({name: printable(data[name]) for name in LABELS})
     return content
-
-
-def there(rules, content):
-    """Those of the rules whose fields a content has."""
-    return {name: rule for name, rule in rules.items() if content.get(name) is not None}
 
 
 def check_weights(content):

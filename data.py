@@ -6,6 +6,7 @@ llm.c and modded-nanogpt. A shard of examples has version 2: 256 int32 (20240520
 examples, zeros), two int32 an example, the lengths of its instruction and its response, then the tokens.
 """
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
 BELL = 0.6                                  # noise levels: sigmoid(BELL * logit(u)) of uniform u; 1 is uniform
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
 HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -208,7 +210,8 @@ def lock(path):
     except BlockingIOError:
         raise UserError(f"another process is at work in {path.parent}; wait or choose another folder") from None
     except OSError as error:
-        raise UserError(f"cannot write to {path.parent} ({error.strerror}); choose another folder") from None
+        why = "its file system has no locks" if error.errno in NO_LOCKS else error.strerror
+        raise UserError(f"cannot write to {path.parent} ({why}); choose another folder") from None
     return file
 
 

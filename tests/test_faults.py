@@ -6,6 +6,7 @@ fault), a read-only file system (tests may run as root, whom no mode bits stop: 
 it), and the death of a machine among several.
 """
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -317,6 +318,16 @@ def test_two_trainers_in_one_folder(command, trained):
     with train.lock(trained / "log.jsonl"):
         assert "another process is at work" in call([*command, "--resume", "--max_steps=9"], code=2).stderr
     assert len(losses(trained)) == 4
+
+
+def test_a_file_system_without_locks_is_said(command, tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert "its file system has no locks" in call([*command, "--max_steps=1"], code=2).stderr
+    assert not checkpoints(tmp_path / "run")
 
 
 def test_an_out_dir_that_cannot_be_written(command, tmp_path):
