@@ -312,7 +312,8 @@ def length_costs(model, pieces, i, lengths, cfg, make):
     for every length, so no normalisation (bench/LOG.md). With nothing behind it, of the fill itself. make() is the
     Generator of each."""
     at, canvas = trial_canvas(pieces, i, lengths, model.cfg)
-    made = generate(model, canvas, cfg, [make() for _ in lengths])
+    once = replace(cfg, revisions=0)                    # which tells the length as well (bench/LOG.md)
+    made = generate(model, canvas, once, [make() for _ in lengths])
     nll, costs = nll_left_to_right(model, made, canvas.prompt.to(made.device)).cpu(), []
     most = min(BEHIND, max(1, (model.cfg.block_size - LONGEST) // 2))
     for n, row, known in zip(lengths, nll, canvas.known, strict=True):
