@@ -304,6 +304,7 @@ def export(folder, content, **more):
             text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:                         # a full disk is a SafetensorError
+        shutil.rmtree(folder, ignore_errors=True)                       # it was new, or empty
         raise Fault(f"cannot write export={folder} ({reason(error)}); choose another folder") from None
 
 

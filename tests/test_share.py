@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import zipfile
 
@@ -267,6 +268,19 @@ def test_a_page_that_cannot_be_written_is_said(base, tmp_path):
     assert (tmp_path / "thesis.html").read_text() == "mine"
     for _ in range(2):                                  # one of ours may be replaced
         assert "steps to look at" in sample(base, f"--html={tmp_path / 'page.html'}").stderr
+
+
+def test_a_disk_that_fills_up_during_the_page_or_the_export_leaves_nothing_and_one_line(base, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for option in (f"--html={tmp_path / 'page.html'}", f"--export={tmp_path / 'export'}"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            err = sample(base, option, code=1).stderr
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [line[:19] for line in err.splitlines()].count("error: cannot write") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---- curves ----
