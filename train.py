@@ -699,13 +699,13 @@ def train(cfg, machine):
         last = stop or done == cfg.max_steps
         if last or done % cfg.log_interval == 0 or done == start + 1:
             log.step(done, loss, grad_norm, lr, batches.waited)
-        if last and not stop or cfg.eval_interval and done % cfg.eval_interval == 0:    # before what resumes after it
-            with whole(ema):
-                log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(ema, cfg, val_data, tokenizer))
         if last or done % cfg.save_interval == 0:
             state, saved = ckpt.gather_state(raw_model, ema, optimizer), done
             if mc.rank() == 0:
                 ckpt.save(cfg, done, state, wandb_id=log.wandb_id, **kept)
+        if last and not stop or cfg.eval_interval and done % cfg.eval_interval == 0:
+            with whole(ema):
+                log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(ema, cfg, val_data, tokenizer))
         if done in (saved, start + 1) or cfg.eval_interval and done % cfg.eval_interval == 0:
             log.restart(done, batches.waited)
         if stop:

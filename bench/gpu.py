@@ -226,7 +226,8 @@ def made_up_shards(day, vocab_size):
     tokenizer = dict(name="corpus", pattern=PATTERN, tokens=[base64.b64encode(word).decode() for word in words])
     shards = [write_shard(folder / f"{split}_000000.bin", (vocab_size * rng.random(n) ** 3).astype("u2"))
               for split, n in (("train", 300_000), ("val", 20_000))]
-    meta = {name: kind() for name, kind in META.items()} | dict(label="made-up tokens", kind="text", finished=True)
+    kinds = {name: rule[0] if isinstance(rule, tuple) else rule for name, rule in META.items()}
+    meta = {name: kind() for name, kind in kinds.items()} | dict(label="made-up tokens", kind="text", finished=True)
     meta |= dict(tokenizer=tokenizer, vocab_size=vocab_size, shards=shards)
     write_file(folder / "meta.json", json.dumps(meta).encode())
     return folder

@@ -194,5 +194,5 @@ def test_a_mistake_is_one_line(args, words):
 def test_the_shell_hands_on_its_words_as_settings(tmp_path):
     assert "stage=fly is unknown" in stage("fly", code=2)[0]
     assert "text=no text is not there" in stage("write", "8", "config/micro.py", "no text", "--seed=2", code=2)[0]
-    assert "cannot read no_config.py" in stage("write", "8", "no_config.py", ROOT / "fables.txt", f"--out={tmp_path}",
+    assert "no_config.py: No such file" in stage("write", "8", "no_config.py", ROOT / "fables.txt", f"--out={tmp_path}",
                                               f"--work={tmp_path}", "--device=cpu", code=2)[-1]
