@@ -50,9 +50,9 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # a full disk is "unexpected pos" to torch.save
-        needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
-        why = reason(error) if shutil.disk_usage(path.parent).free > needed else "the disk is full"
         temporary.unlink(missing_ok=True)
+        needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
+        why = "the disk is full" if "unexpected pos" in str(error) else reason(error)
         raise Fault(f"could not write {path} ({why}); it needs {needed:,} bytes; free some space and resume") from None
 
 
@@ -108,12 +108,12 @@ def check_weights(content):
         model = SunFish(model_config(content), content["data"]["vocab_size"])
         if "base" in content:
             add_lora(model, content["config"]["lora_rank"], content["config"]["lora_alpha"])
-    shapes = {name: x.shape for name, x in model.state_dict().items() if "base" not in content or ".lora_" in name}
+    wanted = {name: x for name, x in model.state_dict().items() if "base" not in content or ".lora_" in name}
     for state in [content[name] for name in ("ema", "model") if name in content]:
-        for name in dict.fromkeys((*shapes, *state)):
-            wanted, found = (tuple(x[name].shape) if name in x else "nothing" for x in (model.state_dict(), state))
-            if wanted != found:
-                raise ValueError(f"{name} is {found}, and should be {wanted}")
+        for name in dict.fromkeys((*wanted, *state)):
+            shape, found = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, state))
+            if shape != found:
+                raise ValueError(f"{name} is {found}, and should be {shape}")
             if not state[name].isfinite().all():
                 raise ValueError(f"{name} is not finite")
 
@@ -122,7 +122,7 @@ def find(place, may_fetch=True):
     """(path, content) of the file `place`, of an export in a folder or on the hub (hf:user/name), or of the newest
     sound checkpoint in the folder, or else in the folder below it that was written last; None if there is none.
 
-    A damaged file is passed over with a warning; Fault if all are.
+    A damaged file is passed over with a warning; Fault if all are. Unless may_fetch the hub is not asked.
     """
     place = Path(download(place[3:], *EXPORT, may_fetch=may_fetch) if str(place).startswith("hf:") else place)
     if (place / "model.safetensors").exists() or place.is_file():
@@ -197,7 +197,7 @@ def gather_state(model, ema, optimizer):
 
 def restore_state(state, model, ema, optimizer=None):
     """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer: of the
-    weights."""
+    weights. Fault for the moments of another network."""
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     for net, name in ((model, "model"), (ema, "ema")):
         dcp.set_model_state_dict(net, dict(state.get(name, {})), options=options)      # a copy: it is changed
@@ -328,8 +328,8 @@ def read_export(folder):
 
 
 def download(name, *files, may_fetch=True):
-    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub what was fetched
-    before. Fault if they cannot be had."""
+    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub, or unless
+    may_fetch, what was fetched before. Fault if they cannot be had."""
     from huggingface_hub import HfApi, snapshot_download
     why = None if may_fetch else f"not there yet; fetch it with --checkpoint=hf:{name}, if you trust it"
     try:

@@ -29,7 +29,7 @@ HINTS = {"lr": "learning_rate", "max_new_tokens": "seq_len", "max_tokens": "seq_
          "max_length": "seq_len", "n": "num_samples", "num_steps": "steps", "model": "checkpoint", "data": "dataset",
          "max_iters": "max_steps", "iters": "max_steps", "epochs": "max_steps", "context_length": "block_size",
          "cfg_scale": "guidance_scale", "output": "out_dir", "output_dir": "out_dir"}   # what others call it
-CUTS = {"top_k", "top_p", "greedy", "do_sample"}                # of sampling, which denoising has none of
+CUTS = {"top_k", "top_p", "greedy", "do_sample"}                # ways to cut off unlikely tokens; there are none here
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}    # 9 ** 9 ** 9 overflows at once as floats
 

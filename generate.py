@@ -292,7 +292,7 @@ def fill(model, pieces, cfg, rng, watch=None):
 
 
 def trial_canvas(pieces, i, lengths, model_cfg):
-    """(at, Canvas) of a text with its blank i of each of these lengths, a row each, in the window around the longest.
+    """(at, Canvas) of a text with its blank i of each of these lengths, the longest last, a row each, in its window.
     The blank begins at `at`; other blanks are not to be written, nor what shorter texts lack at their end."""
     rows = [to_canvas([*pieces[:i], n, *pieces[i + 1:]]) for n in lengths]
     at, longest = len(to_canvas(pieces[:i])[0]), rows[-1]

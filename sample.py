@@ -285,7 +285,7 @@ def say_what(cfg, network, prompts, planned, machine):
 
 
 def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
-    """(samples with these numbers, in pieces of token ids, of which the second was written; all ids of the first)."""
+    """(samples with these numbers, in pieces of token ids, every second of which was written; all ids of the first)."""
     asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()    # other noise then
     makers = [partial(generator, model.wte.device, cfg.seed, number, *asked) for number in numbers]
     if pieces:

@@ -554,8 +554,8 @@ class Log:
         left = (self.cfg.max_steps - done) * seconds / steps / 60
         if left > 2 * 24 * 60 and not self.warned:
             self.warned = True
-            print(f"warning: at this speed the run takes {left / 24 / 60:,.0f} days; a smaller network or fewer steps "
-                  "are config/tiny.py and --max_steps", file=sys.stderr)
+            print(f"warning: at this speed the run takes {left / 24 / 60:,.0f} days; lower --max_steps, or try "
+                  "config/tiny.py", file=sys.stderr)
         try:
             print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
                   "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "

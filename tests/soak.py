@@ -1,7 +1,7 @@
 """
-Half an hour of kill -9: training and preparing are killed at random moments, and end as if nothing had been.
+Kill -9, again and again: training and preparing are killed at random moments, and end as if nothing had been.
 
-    python tests/soak.py                        # 200 kills, about 30 minutes on two cores
+    python tests/soak.py                        # 200 kills, half of each kind
     python tests/soak.py 20                     # fewer
 
 A run saves after every second step and is evaluated after every fifth, so that most kills hit a save, an evaluation or

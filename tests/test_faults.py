@@ -163,6 +163,15 @@ def test_a_disk_that_fills_up_while_saving(command, trained):
     assert "resuming at step 4" in call(again).stdout and len(losses(trained)) == 8
 
 
+def test_what_torch_says_of_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
+    def save(content, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(configurator.Fault, match=r"ckpt_1.pt \(the disk is full\); it needs 12 bytes"):
+        checkpoint.write(tmp_path / "ckpt_1.pt", {"x": torch.zeros(3)})
+    assert not list(tmp_path.iterdir())
+
+
 def replace(path, **content):
     """Another file in the place of a checkpoint; not written over it, as its tensors are mapped from there."""
     torch.save({**checkpoint.read(path), **content}, path.with_suffix(".new"))
