@@ -361,7 +361,7 @@ def starting(cfg):
     with tempfile.TemporaryDirectory() as folder:
         commands = {"sample.py --help": ("sample.py", "--help"), "train.py --help": ("train.py", "--help"),
                     "train.py config/tiny.py, one step and a sample": (*tiny, f"--out_dir={folder}"),
-                    "sample.py, 32 tokens of tiny": ("sample.py", f"--checkpoint={folder}", "--seq_len=32")}
+                    "sample.py, 32 tokens of tiny": ("sample.py", f"--checkpoint={folder}", "--seq_len=32", "--seed=1")}
         cpu = torch.device("cpu")
         return [line(what, seconds(partial(command, *args), cpu, 1, 0)) for what, args in commands.items()]
 

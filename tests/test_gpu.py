@@ -84,7 +84,8 @@ def test_a_text_is_learnt_in_time_and_the_network_comes_back(tmp_path):
     assert text.count("====") == 8 and text.count("(truth: [") == 16 and text.count("\n[") == 64
     network = tmp_path / "network.pt"
     network.write_bytes(b"".join(file.read_bytes() for file in sorted((tmp_path / "out").glob("network.pt.*"))))
-    assert run(["sample.py", f"--checkpoint={network}", "--seq_len=8", "--steps=2"]).stdout.strip()
+    out = run(["sample.py", f"--checkpoint={network}", "--seq_len=8", "--steps=2", "--seed=1", "--num_samples=8"])
+    assert "--- 8 ---" in out.stdout and not out.stderr.splitlines()[-1].startswith("0 tokens")    # one may be empty
     assert not (tmp_path / "work" / "rehearsal" / "trial").exists()
 
 

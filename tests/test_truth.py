@@ -39,14 +39,14 @@ def test_samples_are_texts_without_their_marks(tales):
     for more in ([], [f"--prompt={TALE}"], ["--block_length=0", "--steps=4"], ["--seq_len=20"],
                  ["--mode=infill", "--text=Mia was a shy [MASK:2] who lived near the lake."],
                  ["--mode=infill", "--text=[MASK:3] was a shy owl who lived near [MASK:2]"]):
-        out = call(["sample.py", f"--checkpoint={tales / 'run'}", "--num_samples=4", "--steps=2", *more])
+        out = call(["sample.py", f"--checkpoint={tales / 'run'}", "--num_samples=4", "--steps=2", "--seed=1", *more])
         assert out.stdout.count("---") == 8 and "<|endoftext|>" not in out.stdout, more
     assert out.stdout.count(" was a shy owl who lived near") == 4
 
 
 def test_a_prompt_is_the_beginning_of_a_document(tales):
     page = tales / "page.html"
-    call(["sample.py", f"--checkpoint={tales / 'run'}", f"--prompt={TALE}", "--steps=2", f"--html={page}"])
+    call(["sample.py", f"--checkpoint={tales / 'run'}", f"--prompt={TALE}", "--steps=2", "--seed=1", f"--html={page}"])
     tokens = json.JSONDecoder().raw_decode(page.read_text().split("const data = ")[1])[0]["tokens"]
     assert tokens[:4] == ["", "Mia", " was", " a"]
 
