@@ -20,7 +20,7 @@ from diffusion import LATER, sample_constrained_ddim, sample_ddim, sample_ddpm
 from machine import Replay, all_reduce, rank, world_size
 from model import Layout, LayerCache, max_scores, neighbours
 
-BLOCK_STEPS, WINDOW_STEPS = 8, 32       # denoising steps of a block, and of a whole window
+BLOCK_STEPS, WINDOW_STEPS = 4, 32       # denoising steps of a block, and of a whole window
 DOUBT = 0.1                             # a token this much less likely than exp(-entropy) does not hold
 LONGEST = 12                            # tokens that a blank of open length is tried with, from 1 on
 BEHIND = 24                             # known tokens behind such a blank, at most, that decide which length is best
@@ -30,9 +30,9 @@ BEHIND = 24                             # known tokens behind such a blank, at m
 class Sampling:
     block_length: int = 16           # tokens denoised together; 0 the whole window, 1 the autoregressive limit
     strided: bool = False            # spread the tokens of a block evenly over the text, instead of taking neighbours
-    steps: int = 0                   # denoising steps of a block; 0: 8, window 32, single token 1, ddpm all
+    steps: int = 0                   # denoising steps of a block; 0: 4, window 32, single token 1, ddpm all
     sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim with what is known held)
-    revisions: int = 3               # times, at most, that a block is read and what does not hold rewritten
+    revisions: int = 8               # times, at most, that a block is read and what does not hold rewritten
     eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
     temperature: float = 1.0         # of what the context says; below 1 is safer and duller
     guidance_scale: float = 1.0      # weight of the prompt; 1 is the network's own, above 1 heeds it more, 0 ignores it
@@ -131,14 +131,15 @@ class Decoder:
         pos = is_now.any(0).nonzero().flatten()
         fixed, pos = ~is_now[:, pos], pos.to(device)
         is_mixed, fixed = bool(fixed.any()), fixed.expand(len(self.rng), -1).to(device)
-        self.denoise(pos, steps, self.rng, fixed if is_mixed else None)
+        rng = self.rng
+        self.denoise(pos, steps, rng, fixed if is_mixed else None)
         for _ in range(revisions):
-            held = self.read(pos, block) | fixed
+            held = self.read(pos, block, rng) | fixed
             done = held.all(1).tolist()                     # whose noise then would depend on the others of the batch
             if all(done):
                 break
             spare = torch.Generator(held.device)
-            rng = [spare if is_done else own for is_done, own in zip(done, self.rng, strict=True)]
+            rng = [spare if is_done else own for is_done, own in zip(done, rng, strict=True)]
             self.denoise(pos, steps, rng, held)
         self.new = pos
         return pos
@@ -175,9 +176,9 @@ class Decoder:
         else:
             sample_ddim(denoise, x_T, self.alpha_bar, steps, eta, rng)
 
-    def read(self, pos, block):
+    def read(self, pos, block, rng):
         """Where the text of a block, at pos (n,), holds (B, n): up to the first token that is not `plausible` after
-        those before it and all of earlier blocks. One call of the network, in the autoregressive limit."""
+        those before it and all of earlier blocks, and which is drawn anew. One call, in the autoregressive limit."""
         model, is_now = self.model, self.planned == block
         each = torch.arange(self.planned.size(1), device=pos.device)
         order = torch.where(self.planned < block, self.planned, torch.where(is_now, block + each, LATER))
@@ -187,7 +188,11 @@ class Decoder:
         h = model.denoise(x_0, nothing, level, order[:, :T], self.prompt, self.E)[:, pos]
         h = h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
         log_p = model.logits(h, nothing[:len(h), pos], level[:len(h), pos], self.E).log_softmax(-1)
-        return (plausible(log_p, self.tokens[:, pos]) | ~is_now[:len(h), pos]).cummin(1).values
+        held = (plausible(log_p, self.tokens[:, pos]) | ~is_now[:len(h), pos]).cummin(1).values
+        first = torch.arange(len(pos), device=pos.device) == held.sum(1, keepdim=True)     # that does not hold
+        drawn = diffusion.draw_tokens(log_p / self.cfg.temperature, self.cfg.eta, rng)
+        self.tokens[:, pos] = torch.where(first, drawn, self.tokens[:, pos])
+        return held | first
 
 
 def plausible(log_p, ids):

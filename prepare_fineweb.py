@@ -148,13 +148,10 @@ def new_meta(cfg, settings, spec, documents):
     if first is None:
         raise UserError(f"no tokens in source={cfg.source}; give it text that is not blank")
     spec = spec or train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
-    about, licence = "text of your own", "yours"
-    if cfg.source == "fables":
-        about, licence = "very short stories out of a grammar, the embedded corpus", "MIT"
-    if cfg.source == "pydoc":
-        about, licence = "this Python's own documentation", "PSF-2.0"
-    if cfg.source in HUB:
-        about, licence = f"{HUB[cfg.source]} {cfg.subset}", "ODC-By 1.0"
+    known = {"fables": ("very short stories out of a grammar, the embedded corpus", "MIT"),
+             "pydoc": ("this Python's own documentation", "PSF-2.0"),
+             **{name: (f"{repo} {cfg.subset}", "ODC-By 1.0") for name, repo in HUB.items()}}
+    about, licence = known.get(cfg.source, ("text of your own", "yours"))
     name, revision = settings["source"], settings["revision"]
     return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
             "kind": "text" if len(first) == 1 else "instructions", "tokenizer": spec,

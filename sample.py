@@ -82,7 +82,7 @@ class Config(Sampling):
         if self.mode == "generate" and self.text:
             raise UserError("--text is for --mode=infill; use --prompt, or add --mode=infill")
         if self.export and (self.mode != "generate" or self.quantize != "none"):
-            raise UserError("--export writes a whole network and a sample; leave out mode and quantize")
+            raise UserError("--export writes a whole network; leave out mode and quantize")
         if self.mode == "generate" and BLANK.search(self.prompt):
             raise UserError("a prompt is continued, not filled in; give text with [MASK] as --mode=infill --text=...")
         if self.html:
@@ -164,7 +164,7 @@ def spell(tokenizer, pieces, spaced):
 
 
 def check_page(path):
-    """Raise UserError unless the page can be written: into a folder that is there, over nothing but a page of ours."""
+    """UserError unless the page can be written into its folder, over nothing but a page of ours."""
     if not path.parent.is_dir():
         raise UserError(f"html={path}: there is no folder {path.parent}; choose another file")
     if path.exists() and read_file(path, 2**26)[:100] != PAGE.read_bytes()[:100]:

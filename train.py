@@ -239,13 +239,14 @@ def evaluate(net, cfg, data, tokenizer):
         texts = texts._replace(prompt_mask=torch.zeros_like(texts.prompt_mask))
     texts = Texts(*(x.to(net.wte.device) for x in texts))
     suffixes = {1: "_single", cfg.block_length: ""} if cfg.p_single else {cfg.block_length: ""}
-    for length, suffix in suffixes.items():
-        found = bound(net, texts, cfg.micro_batch, length)
-        row |= {name + suffix: value for name, value in found.items()}
-        how = {0: "the whole window", 1: "token by token"}.get(length, f"blocks of {length}")
-        print(f"  held-out text, {how}: at most {found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, "
-              f"perplexity {math.exp(min(found['bound'], 700)):,.4g}")        # exp overflows at 710
-    row["text"] = make_samples(net, cfg, data, tokenizer) if mc.rank() == 0 else []
+    with whole(net):
+        for length, suffix in suffixes.items():
+            found = bound(net, texts, cfg.micro_batch, length)
+            row |= {name + suffix: value for name, value in found.items()}
+            how = {0: "the whole window", 1: "token by token"}.get(length, f"blocks of {length}")
+            print(f"  held-out text, {how}: at most {found['bound']:.3f} +- {found['bound_error']:.3f} nats a token, "
+                  f"perplexity {math.exp(min(found['bound'], 700)):,.4g}")        # exp overflows at 710
+        row["text"] = make_samples(net, cfg, data, tokenizer) if mc.rank() == 0 else []
     for beginning, text in row["text"]:
         print(f"  {beginning}: {text}")
     return row
@@ -485,6 +486,14 @@ def print_sizes(cfg, net):
           f"{len(cfg.micro_batches())} accumulated; {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens in all")
 
 
+def print_data(cfg, data, train_data):
+    """Print what a run learns from."""
+    print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
+          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
+    if train_data.is_examples and not cfg.init_from:
+        print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
+
+
 def dry_run(cfg):
     """Print what a run would be, with GPT-2's vocabulary if its data is not prepared yet."""
     cfg, base = load_base(cfg)
@@ -535,8 +544,7 @@ class Log:
         self.device, self.wandb_id = device, wandb_id
         self.run, self.last = None, (start, time.perf_counter(), 0.0)
         self.warned = False                                 # of a run of days
-        if file:
-            truncate_log(file, start)
+        self.has_bound = bool(file) and truncate_log(file, start)
         if file and cfg.wandb_log:
             import wandb
             self.run = wandb.init(project="sunfish", name=Path(cfg.out_dir).name, id=wandb_id,
@@ -548,31 +556,31 @@ class Log:
         now = done, time.perf_counter(), waited
         steps, seconds, waited = (new - old for new, old in zip(now, self.last, strict=True))
         self.last = now
-        row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm, tokens=done * self.cfg.batch_tokens,
+        row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm,
                    tokens_per_second=self.cfg.batch_tokens * steps / seconds, step_ms=1000 * seconds / steps,
                    data_ms=1000 * waited / steps, peak_gb=mc.peak_gb(self.device))
         left = (self.cfg.max_steps - done) * seconds / steps / 60
         if left > 2 * 24 * 60 and not self.warned:
             self.warned = True
-            print(f"warning: at this speed the run takes {left / 24 / 60:,.0f} days; lower --max_steps, or try "
-                  "config/tiny.py", file=sys.stderr)
+            print(f"warning: this will take {left / 24 / 60:,.0f} days; lower --max_steps", file=sys.stderr)
         try:
             print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
                   "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "
-                  "left {left:.0f} min".format(left=left, **row))
+                  "left {left:.0f} min".format(**row, left=left))
         except OSError as error:                            # EIO: the terminal was closed, SIGHUP has come
             if isinstance(error, BrokenPipeError):
                 raise
         self.write(**row)
 
     def restart(self, done, waited):
-        """Leave out of the next row's speed what was done since the last step: a save, an evaluation."""
+        """Leave a save or an evaluation out of the next row's speed."""
         self.last = done, time.perf_counter(), waited
 
     def write(self, **row):
         """Write a row to the file and to Weights & Biases; Fault if the disk is full."""
         if not self.file:
             return
+        row["tokens"] = row["step"] * self.cfg.batch_tokens
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -591,16 +599,21 @@ class Log:
 
 
 def truncate_log(file, start):
-    """Cut a log before its first row after step `start`, and before a last line that was cut short."""
+    """Cut a log before its first row after step `start`, and before an unfinished line; returns whether it has a bound
+    of that step."""
     end, lines = 0, file.buffer
+    has_bound = False
     lines.seek(0)
     while line := lines.readline(2**20):                                    # a longer one is no row
         with contextlib.suppress(ValueError, TypeError, LookupError):       # a line that is no row stays
-            if json.loads(line)["step"] > start:
+            row = json.loads(line)
+            if row["step"] > start:
                 break
+            has_bound |= row["step"] == start and "bound" in row
         if line.endswith(b"\n"):
             end = lines.tell()
     file.truncate(end)
+    return has_bound
 
 
 # ---- the loop ----
@@ -644,7 +657,7 @@ def train_step(model, optimizer, batches, cfg, step, machine):
         raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak "
                     f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size (the step stays the same)") from None
     loss = mc.all_reduce(torch.stack(losses).sum()) / batch.step_tokens
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     clipped = [p for p in params if p.shape != (3,)]        # not the schedule's three scalars
     norm = nn.utils.clip_grad_norm_(clipped, cfg.grad_clip or math.inf)
     loss, grad_norm = torch.stack((loss, mc.full_tensor(norm))).tolist()            # the step's one wait for the device
@@ -655,6 +668,11 @@ def train_step(model, optimizer, batches, cfg, step, machine):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
+
+
+def is_measured(cfg, done):
+    """Whether a run is evaluated after so many steps."""
+    return done == cfg.max_steps or bool(cfg.eval_interval) and done % cfg.eval_interval == 0
 
 
 @mc.torch_faults()
@@ -675,21 +693,19 @@ def train(cfg, machine):
     log = Log(cfg, file, start, content and content["wandb_id"], machine.device)
     del base, content
     if cfg.batch_size == 0:
-        cfg = dataclasses.replace(cfg, batch_size=fit_batch(cfg, raw_model, model, optimizer, train_data,
-                                                              machine))
+        size = fit_batch(cfg, raw_model, model, optimizer, train_data, machine)
+        cfg = dataclasses.replace(cfg, batch_size=size)
     print(f"settings: {describe(cfg)}")
-    print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
-          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
+    print_data(cfg, data, train_data)
     print_sizes(cfg, raw_model)
     print(f"{'resuming at' if start else 'from'} step {start:,} of {cfg.max_steps:,}")
-    if train_data.is_examples and not cfg.init_from:
-        print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
-
     if machine.compiled and start < cfg.max_steps:
         batch = make_batch(cfg, train_data, 0, cfg.micro_batches()[0], machine.device)
         warm_up(raw_model, model, batch, cfg, machine)
     batches, signals = Prefetch(all_batches(cfg, train_data, start, machine.device)), mc.catch_signals()
     saved, stop = start, 0
+    if start and is_measured(cfg, start) and not mc.broadcast(log.has_bound):
+        log.write(step=start, **evaluate(ema, cfg, val_data, tokenizer))        # it was killed after the save
     for step in range(start, cfg.max_steps):
         lr = set_learning_rate(optimizer, cfg, step)
         loss, grad_norm = train_step(model, optimizer, batches, cfg, step, machine)
@@ -703,10 +719,9 @@ def train(cfg, machine):
             state, saved = ckpt.gather_state(raw_model, ema, optimizer), done
             if mc.rank() == 0:
                 ckpt.save(cfg, done, state, wandb_id=log.wandb_id, **kept)
-        if last and not stop or cfg.eval_interval and done % cfg.eval_interval == 0:
-            with whole(ema):
-                log.write(step=done, tokens=done * cfg.batch_tokens, **evaluate(ema, cfg, val_data, tokenizer))
-        if done in (saved, start + 1) or cfg.eval_interval and done % cfg.eval_interval == 0:
+        if is_measured(cfg, done) and not stop:
+            log.write(step=done, **evaluate(ema, cfg, val_data, tokenizer))
+        if done in (saved, start + 1) or is_measured(cfg, done):
             log.restart(done, batches.waited)
         if stop:
             break

@@ -65,7 +65,7 @@ class Config:
     strided: str = "8"               # the same, for blocks that are spread over the text; "": none
     samples: int = 256               # texts in a row of the sample table, of block_size tokens; 0 leaves it out
     steps: str = "8,16"              # denoising steps of a block, a row each; a single token has one
-    revisions: str = "0,3"           # times a block of several tokens is read again, at most, a row each
+    revisions: str = "0,8"           # times a block of several tokens is read again, at most, a row each
     temperatures: str = "0.8,1.0"    # of what the context says, a row each
     eta: str = "1.0"                 # fresh noise at each step, a row each, from 0 (deterministic) to 1
     pairs: int = 128                 # held-out windows for prompts and blanks; 0 leaves both out

@@ -154,7 +154,7 @@ class Twin(nn.Module):
             left, turns = (steps, 1 + revisions) if here[0].sum() > 1 else (1, 1)
             held = torch.zeros_like(here)
             for turn in range(turns):
-                held = here & self.read(idx, order, block) if turn else held
+                held = here & self.read(idx, order, block, temperature, rng) if turn else held
                 self.unmask(idx, here & ~held, unwritten & ~held, order - held.long(), (left, temperature), rng)
         return idx
 
@@ -171,13 +171,18 @@ class Twin(nn.Module):
                 idx[now] = torch.multinomial(p[now[rows]], 1, generator=rng).flatten()
                 blank = blank & ~now
 
-    def read(self, idx, order, block):
-        """Where a block of idx (n, T) holds, read token by token as by `generate.Decoder.read`: (n, T)."""
+    def read(self, idx, order, block, temperature, rng):
+        """Where a block of idx (n, T) holds, read token by token, and what does not drawn anew, as by
+        `generate.Decoder.read`: (n, T)."""
         place = torch.where(order == block, order + torch.arange(len(order)), order).masked_fill(order > block, LATER)
         hidden = torch.ones_like(idx, dtype=torch.bool)
         inputs = (x.to(self.blank.device) for x in (idx, hidden, place.expand(len(idx), -1)))
         log_p = self.predict(*inputs).log_softmax(-1).cpu()
-        return (plausible(log_p, idx) | (order != block)).cummin(1).values
+        held = (plausible(log_p, idx) | (order != block)).cummin(1).values
+        first = torch.arange(len(order)) == held.sum(1, keepdim=True)
+        drawn = torch.multinomial((log_p / temperature).softmax(-1).flatten(0, 1), 1, generator=rng).view_as(idx)
+        idx[first] = drawn[first]
+        return held | first
 
 
 def cross_entropy(scores, idx):

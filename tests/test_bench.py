@@ -150,18 +150,22 @@ def test_the_twins_draw_from_what_they_say():
 
 @torch.no_grad()
 def test_the_twin_of_blocks_reads_a_block_and_writes_again_what_does_not_hold(monkeypatch):
-    """What holds is what reading the network alone says, up to the first token that is rarer than usual; it stays."""
+    """What holds is what reading the network alone says, up to the first token that is rarer than usual, which
+    is drawn anew; it stays."""
     twin, _ = make_twin("blocks", awake=True)
     read, unmask, seen = twin.read, twin.unmask, []
 
-    def reading(idx, order, block):
-        held, place = read(idx, order, block), torch.arange(8)
+    def reading(idx, order, block, *how):
+        before, place = idx.clone(), torch.arange(8)
+        held = read(idx, order, block, *how)
         if block:                                           # the last block, read in one order of all
             in_order = place.where(place >= 4, -1).expand(len(idx), -1)
-            log_p = twin.predict(idx, idx > -1, in_order).log_softmax(-1)
-            surprise = -log_p.gather(-1, idx[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1)
+            log_p = twin.predict(before, idx > -1, in_order).log_softmax(-1)
+            surprise = -log_p.gather(-1, before[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1)
             want = (surprise[:, 4:] <= -math.log(0.1)).cummin(1).values
-            assert torch.equal(held[:, 4:], want) and not want.all()
+            first = torch.arange(4) == want.sum(1, keepdim=True)        # which is drawn anew
+            assert torch.equal(held[:, 4:], want | first) and first.any() and not want.all()
+            assert torch.equal(idx[:, 4:][~first], before[:, 4:][~first]) and not torch.equal(idx, before)
         seen.append((idx.clone(), held & (order == block)))
         return held
 

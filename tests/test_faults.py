@@ -386,7 +386,7 @@ def test_a_slow_step_says_how_far_it_is_and_a_run_of_days_is_warned_about(comman
         for done in (1, 2):
             time.sleep(0.01)
             log.step(done, 1.0, 1.0, 1e-3, 0.0)
-    days, = re.findall(r"warning: at this speed the run takes (\d+) days", err.getvalue())
+    days, = re.findall(r"warning: this will take (\d+) days", err.getvalue())
     assert 100 < int(days) < 10_000
 
 

@@ -30,14 +30,14 @@ def one_generator(monkeypatch):
 # ---- plans and canvases ----
 
 @pytest.mark.parametrize("settings, objective, num_blocks, steps", [
-    ({}, "ce", 4, 8), (dict(block_length=0), "ce", 1, 32), (dict(block_length=1), "ce", 64, 1),
-    (dict(block_length=1), "eps", 64, 8), (dict(strided=True), "ce", 4, 8), (dict(sampler="ddpm"), "ce", 4, 100),
+    ({}, "ce", 4, 4), (dict(block_length=0), "ce", 1, 32), (dict(block_length=1), "ce", 64, 1),
+    (dict(block_length=1), "eps", 64, 4), (dict(strided=True), "ce", 4, 4), (dict(sampler="ddpm"), "ce", 4, 100),
     (dict(sampler="ddpm", block_length=1), "ce", 64, 100), (dict(steps=3, block_length=1), "ce", 64, 3),
     (dict(steps=7, block_length=0, sampler="ddpm"), "ce", 1, 7)])
 def test_the_default_steps_of_a_block(settings, objective, num_blocks, steps):
     cfg, nothing = ModelConfig(timesteps=100, objective=objective), torch.zeros(64, dtype=torch.bool)
     assert plan(Sampling(**settings), cfg, nothing)[1:3] == (num_blocks, steps)
-    assert plan(Sampling(), ModelConfig(timesteps=5), nothing).steps == 5           # no more than there are levels
+    assert plan(Sampling(), ModelConfig(timesteps=3), nothing).steps == 3           # no more than there are levels
 
 
 def test_known_tokens_are_earlier_than_all_blocks():
@@ -206,19 +206,33 @@ def surprises(net, canvas, tokens, order, guidance):
 @pytest.mark.parametrize("given", GIVEN)
 def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, monkeypatch, given, block_length, strided,
                                                                       guidance):
-    """A token is read given those before it and the blocks before its own, and no later block is seen."""
+    """A token is read given those before it and the blocks before its own, and no later block is seen. The first that
+    does not hold is drawn anew, from what was read, and holds."""
     torch.manual_seed(2)
     known, read, held = GIVEN[given], Decoder.read, []
+    draws, draw = [], diffusion.draw_tokens
+
+    def drawing(logits, *rest):
+        draws.append((logits, draw(logits, *rest)))
+        return draws[-1][1]
+    monkeypatch.setattr(diffusion, "draw_tokens", drawing)
     canvas = Canvas(torch.randint(50, (9, 12)), known, torch.randint(50, (9, 3)))
     blocks = diffusion.block_order(~known, block_length, strided)
 
-    def compared(decoder, pos, block):
+    def compared(decoder, pos, block, rng):
         order = blocks.masked_fill(blocks > blocks[pos[0]], LATER)
         order[pos] += torch.arange(len(pos))
         cost = surprises(small, canvas, decoder.tokens, order, guidance)[:, pos]
-        held.append(read(decoder, pos, block))
-        for row, rare in zip(held[-1].tolist(), (cost > -math.log(DOUBT)).tolist(), strict=True):
-            assert row == [not any(rare[:i + 1]) for i in range(len(pos))]
+        before = decoder.tokens[:, pos].clone()
+        held.append(read(decoder, pos, block, rng))
+        log_p, drawn = 3.0 * draws[-1][0], draws[-1][1]     # the temperature
+        assert torch.allclose(cost, -log_p.gather(-1, before[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1), atol=1e-4)
+        rare = (cost > -math.log(DOUBT)).tolist()
+        for i, row in enumerate(rare):
+            first = row.index(True) if any(row) else len(pos)
+            assert held[-1][i].tolist() == [place <= first for place in range(len(pos))]
+            want = [drawn[i, place] if place == first else before[i, place] for place in range(len(pos))]
+            assert decoder.tokens[i, pos].tolist() == want
         return torch.ones_like(held[-1])
     monkeypatch.setattr(Decoder, "read", compared)
     cfg = Sampling(block_length=block_length, strided=strided, steps=2, guidance_scale=guidance, temperature=3.0)
@@ -238,7 +252,7 @@ def test_what_holds_is_seen_as_given_and_stays_while_the_rest_is_rewritten(small
     canvas = Canvas(torch.randint(50, (2, 12)), known, torch.randint(50, (2, 3)))
     blocks, start = diffusion.block_order(~known, block_length, strided), known.cummin(0).values
 
-    def read(decoder, pos, block):
+    def read(decoder, pos, block, rng):
         decoder.before = decoder.tokens.clone()
         decoder.held = torch.arange(len(pos)) < torch.tensor([[1], [len(pos)]])         # all of the second text
         return decoder.held
@@ -271,7 +285,7 @@ def test_a_text_is_read_until_it_holds_or_so_many_times(small, monkeypatch):
 
     def count(answers, **settings):
         calls = []
-        monkeypatch.setattr(Decoder, "read", lambda decoder, pos, block: torch.full((1, len(pos)), next(answers)))
+        monkeypatch.setattr(Decoder, "read", lambda decoder, pos, *_: torch.full((1, len(pos)), next(answers)))
         generate(small, canvas, Sampling(**{"block_length": 6, "steps": 2, **settings}), generators("cpu", 1, [0]),
                  lambda *step: calls.append(step))
         return len(calls)

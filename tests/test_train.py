@@ -451,6 +451,24 @@ def test_an_evaluation_survives_a_bound_beyond_exp_and_does_not_count_as_trainin
     assert sum("bound" in row for row in rows) == 3 and all(row["step_ms"] < 500 for row in rows if "step_ms" in row)
 
 
+def test_an_evaluation_that_was_killed_is_made_when_the_run_goes_on(shards, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise train.Fault("killed")
+    args = ["train.py", *SIZE, "--max_steps=4", "--eval_interval=2", "--save_interval=2", f"--dataset={shards}"]
+    call([*args, f"--out_dir={tmp_path / 'whole'}"])
+    monkeypatch.setattr(train, "bound", killed)
+    call([*args, f"--out_dir={tmp_path / 'killed'}"], code=1)
+    monkeypatch.undo()
+
+    def measured(name):
+        rows = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+        return [(row["step"], row["tokens"], row["bound"]) for row in rows if "bound" in row]
+    assert not measured("killed")
+    for _ in range(2):                                      # the second time nothing is missing
+        call([*args, "--resume", f"--out_dir={tmp_path / 'killed'}"])
+        assert measured("killed") == measured("whole") and len(measured("whole")) == 2
+
+
 def test_a_dry_run_is_said_by_the_first_process_alone(base, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
