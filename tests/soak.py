@@ -28,8 +28,8 @@ import checkpoint   # noqa: E402
 TRAIN = ["train.py", "--n_layer=2", "--n_head=2", "--n_embd=64", "--token_dim=32", "--cross_every=2", "--block_size=64",
          "--prompt_size=32", "--batch_tokens=512", "--max_steps=30", "--save_interval=2", "--eval_interval=5",
          "--eval_sequences=32", "--device=cpu", "--dtype=float32", "--log_interval=1"]
-PREPARE = ["prepare_fineweb.py", "--source=pydoc", "--shard_tokens=20k", "--max_tokens=500k", "--workers=1"]
-KEPT = ("step", "tokens", "loss", "lr", "grad_norm")         # of a row of the log; the others are times
+PREPARE = ["prepare_fineweb.py", "--source=pydoc", "--shard_tokens=20000", "--max_tokens=500k", "--workers=1"]
+KEPT = ("step", "tokens", "loss", "lr", "grad_norm", "bound", "text")       # of a row of the log; times are not
 
 
 def start(command):
@@ -42,14 +42,13 @@ def finish(command):
     clock, process = time.perf_counter(), start(command)
     said = process.communicate()[0]
     if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{said}")
+        sys.exit(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{said}")
     return time.perf_counter() - clock
 
 
 def same_run(one, other):
-    """Whether two runs logged the same steps and left the same weights and moments. An evaluation that was killed after
-    its step was saved is not made again."""
-    rows = [[[row[name] for name in KEPT] for row in map(json.loads, open(folder / "log.jsonl")) if "loss" in row]
+    """Whether two runs logged the same steps and evaluations and left the same weights and moments."""
+    rows = [[[row.get(name) for name in KEPT] for row in map(json.loads, open(folder / "log.jsonl"))]
             for folder in (one, other)]
     states = [checkpoint.find(folder)[1] for folder in (one, other)]
     leaves = [tree_leaves([state[name] for name in ("step", "model", "ema", "optimizer")]) for state in states]

@@ -163,6 +163,16 @@ def test_a_disk_that_fills_up_while_saving(command, trained):
     assert "resuming at step 4" in call(again).stdout and len(losses(trained)) == 8
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_up_during_the_log(command, trained):
+    size = (trained / "log.jsonl").stat().st_size + 100
+    again = [*command, "--resume", "--max_steps=8", "--save_interval=8", "--log_interval=1"]
+    err = run(again, code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))).stderr
+    assert f"cannot write {trained / 'log.jsonl'} (File too large); free some space and resume" in err
+    assert checkpoints(trained) == ["ckpt_00000003.pt", "ckpt_00000004.pt"]
+    assert "resuming at step 4" in call(again).stdout and len(losses(trained)) == 8     # and no half a row is left
+
+
 def test_what_torch_says_of_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
     def save(content, file):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598")
