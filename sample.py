@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from configurator import Fault, UserError, check_fields, in_range, one_of, printable, read_file, run, shorten
 import checkpoint as ckpt           # torch is imported here, after what catches Ctrl-C meanwhile
 from data import cut_at_eot, first_document, format_instruction, get_tokenizer, write_file
 from diffusion import generator
-from generate import LONGEST, Sampling, generate, infill, infill_canvas, plan, prompt_canvas, to_canvas
+from generate import LONGEST, Canvas, Plan, Sampling, generate, infill, infill_canvas, plan, prompt_canvas, to_canvas
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
@@ -184,14 +185,14 @@ class Watch:
 
     def begin(self, start, known, total):
         """A window at `start`, given where known (T,), is now written in so many steps."""
-        self.start, self.written = start, known.clone()
+        self.start, self.decided = start, known.clone()
         self.total, self.calls = total, 0
 
     def __call__(self, t, tokens, pos, logits):
         self.calls += 1
         ids = tokens[0, pos]
         if self.cfg.show:
-            self.written[pos.cpu()] = True
+            self.decided[pos.cpu()] = True
             if sys.stderr.isatty() or self.calls % math.ceil(self.total / 16) == 0:
                 self.draw(t, tokens[0].tolist())
         if self.cfg.html:
@@ -200,7 +201,7 @@ class Watch:
 
     def draw(self, t, ids):
         """The text so far in the terminal; tokens that are still noise are dots."""
-        text, tokens = "", zip(self.written.tolist(), ids, strict=True)
+        text, tokens = "", zip(self.decided.tolist(), ids, strict=True)
         for is_written, run_of in itertools.groupby(tokens, key=lambda pair: pair[0]):
             part = [i for _, i in run_of]
             text += self.tokenizer.decode(part) if is_written else "\u00b7" * len(part)
@@ -209,14 +210,13 @@ class Watch:
         log(f"{clear}step {self.calls} of at most {self.total}, noise level {t}\n{' '.join(text.split())}")
 
 
-def print_sample(cfg, prompt, number, text, answers):
-    """One sample to stdout: as JSON, or as text with its prompt in front, if it is not an answer."""
-    text = text.strip() if answers else join(prompt, text)[len(prompt):]
+def print_sample(cfg, begin, number, text):
+    """One sample to stdout: as JSON, or as text, behind how it begins."""
     if cfg.json:
-        row = dict(prompt=prompt, text=text, seed=cfg.seed, number=number)
+        row = dict(prompt=cfg.prompt, text=text, seed=cfg.seed, number=number)
         return print(json.dumps(row, ensure_ascii=False), flush=True)
     title = f"--- {number + 1} ---\n" if cfg.num_samples > 1 else ""
-    print(title + (text if answers else prompt + text), flush=True)
+    print(title + begin + text, flush=True)
 
 
 def save_page(path, alpha_bar, tokenizer, ids, frames):
@@ -266,85 +266,131 @@ def export_network(cfg, path, content, text):
         f"--checkpoint={shlex.quote(cfg.export)}, share it with: hf upload USER/NAME {shlex.quote(cfg.export)}")
 
 
+# ---- text in, text out ----
+
+def load(checkpoint="", device="auto", dtype="auto", quantize="none"):
+    """The Writer of a network, which is named as on the command line; UserError if there is none, or no such device."""
+    path, content = ckpt.find_network(checkpoint or "out")
+    device = choose_device(device)
+    return Writer(path, content, ckpt.load_model(content, device, choose_dtype(dtype, device), quantize == "int8"))
+
+
+class Task(NamedTuple):
+    """What is to be written."""
+    canvas: Canvas                   # the text, or the window around its first blank
+    plan: Plan
+    pieces: list                     # of a text with blanks, as `read_blanks` makes them; else none
+    spaced: list
+
+
+class Writer:
+    """A network and its tokenizer. Settings are those of the command line, by default those that it was trained for."""
+
+    def __init__(self, path, content, model):
+        self.path, self.content, self.model = path, content, model
+        self.tokenizer, data = get_tokenizer(content["data"]["tokenizer"]), content["data"]
+        self.begins = data.get("align", 0) > 0              # its windows began with a document
+        self.answers = data["kind"] == "instructions"
+        self.eot = self.tokenizer.eot_token if self.begins or self.answers else None
+
+    def generate(self, prompt="", **settings):
+        """What follows a prompt, or answers an instruction."""
+        cfg = self.config(prompt=prompt, **settings)
+        return self.write(cfg, self.task(cfg, prompt), [0])[0]
+
+    def infill(self, text, **settings):
+        """A text whose blanks, [MASK] (1 to 12 tokens, as fits) and [MASK:n] (n), are filled in."""
+        cfg = self.config(mode="infill", text=text, **settings)
+        return self.write(cfg, self.task(cfg, text), [0])[0]
+
+    def config(self, **settings):
+        """The Config of what is given, checked, with a seed."""
+        cfg = Config(**{**ckpt.usual(self.content), **settings})
+        cfg.check()
+        return cfg if cfg.seed else replace(cfg, seed=secrets.randbelow(10**6) + 1)
+
+    def task(self, cfg, text):
+        """The Task of a prompt or, with mode=infill, of a text with blanks."""
+        pieces, spaced = [], [False]
+        if cfg.mode == "infill":
+            pieces, spaced = read_blanks(text, self.tokenizer.encode_ordinary)
+            pieces[0] = [self.eot] * self.begins + pieces[0]
+            idx, known = to_canvas(pieces)
+            canvas = infill_canvas(idx[None], known, int((~known).nonzero()[0]), self.model.cfg)[1]
+        else:
+            ids = encode_prompt(text, self.tokenizer, self.answers, self.begins)
+            canvas = prompt_canvas(ids, cfg.seq_len, self.model.cfg)
+        return Task(canvas, plan(cfg, self.model.cfg, canvas.known), pieces, spaced)
+
+    def write(self, cfg, task, numbers, watch=None):
+        """The samples of a Task with these numbers: texts whose blanks are filled, or what comes after the prompt."""
+        canvas, _, pieces, spaced = task
+        asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()     # has its own noise
+        makers = [partial(generator, self.model.wte.device, cfg.seed, number, *asked) for number in numbers]
+        if pieces:
+            made = infill(self.model, pieces, cfg, makers, watch)
+            whole = sum(made[0], [])
+            made = [[ids[0][ids[0][:1] == [self.eot]:], *ids[1:]] for ids in made]
+        else:
+            texts = generate(self.model, canvas, cfg, [make() for make in makers], watch, self.eot).tolist()
+            given = int(canvas.known.sum())
+            cut = cut_at_eot if given else first_document
+            made = [[[], cut(ids[given:], self.eot)] for ids in texts]
+            whole = texts[0][:given + len(made[0][1]) + (not given and texts[0][0] == self.eot)]
+        if watch:
+            watch.ids, watch.written = whole, sum(len(piece) for ids in made for piece in ids[1::2])
+        texts = [spell(self.tokenizer, ids, spaced) for ids in made]
+        if self.answers and not pieces:
+            return [text.strip() for text in texts]
+        return [join(cfg.prompt, text)[len(cfg.prompt):] for text in texts]
+
+
 # ---- the program ----
 
-def say_what(cfg, network, prompts, planned, machine):
+def say_what(cfg, given, writer, texts, task):
     """What is about to be done, by which network, and what is odd about it."""
     names = {0: "the whole window at once", 1: "one token at a time"}
     block = names.get(cfg.block_length, f"blocks of {cfg.block_length} tokens")
-    if cfg.mode == "infill" and "guidance_scale" in cfg.given:
+    if cfg.mode == "infill" and "guidance_scale" in given:
         log(f"warning: guidance_scale={cfg.guidance_scale} is not used with --mode=infill")
+    if cfg.revisions > ckpt.usual(writer.content).get("revisions", cfg.revisions):
+        log(f"warning: revisions={cfg.revisions}, but this network has not learnt to read token by token")
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
-    again = f", {planned.revisions} revisions at most" if planned.revisions else ""
-    log(f"{network}; {block}{spread}, {cfg.sampler}, {planned.num_blocks} x {planned.steps} steps{again}, {machine}, "
-        f"seed {cfg.seed}")
-    if cfg.mode == "generate" and not all(prompt.strip() for prompt in prompts):
+    again = f", {task.plan.revisions} revisions at most" if task.plan.revisions else ""
+    step, label = writer.content["step"], writer.content["data"]["label"]
+    log(f"{writer.path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {task.plan.num_blocks} x "
+        f"{task.plan.steps} steps{again}, {writer.model.wte.device}, {str(writer.model.dtype)[6:]}, seed {cfg.seed}")
+    if not all(map(str.strip, texts)):
         log("no prompt: the samples are unconditional")
-        if "guidance_scale" in cfg.given:
+        if "guidance_scale" in given:
             log(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
-
-
-def write_batch(cfg, model, canvas, pieces, numbers, watch, eot):
-    """(samples with these numbers, in pieces of token ids, every second of which was written; all ids of the first)."""
-    asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()    # other noise then
-    makers = [partial(generator, model.wte.device, cfg.seed, number, *asked) for number in numbers]
-    if pieces:
-        made = infill(model, pieces, cfg, makers, watch)
-        return [[ids[0][ids[0][:1] == [eot]:], *ids[1:]] for ids in made], sum(made[0], [])
-    texts = generate(model, canvas, cfg, [make() for make in makers], watch, eot).tolist()
-    given = int(canvas.known.sum())
-    cut = cut_at_eot if given else first_document
-    made = [[[], cut(ids[given:], eot)] for ids in texts]
-    return made, texts[0][:given + len(made[0][1]) + (not given and texts[0][0] == eot)]
+    if 0 in task.pieces:
+        log(f"each [MASK] is tried with 1 to {LONGEST} tokens")
 
 
 @torch_faults()
 def main(cfg):
     keep_memory()
-    path, content = ckpt.find_network(cfg.checkpoint or "out")
-    given, usual = cfg.given, ckpt.usual(content)
-    cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in given})
-    cfg = cfg if cfg.seed else replace(cfg, seed=secrets.randbelow(10**6) + 1)
-    object.__setattr__(cfg, "given", given)
-    if cfg.revisions > usual.get("revisions", cfg.revisions):
-        log(f"warning: revisions={cfg.revisions}, but this network has not learnt to read token by token")
-    device = choose_device(cfg.device)
-    dtype = choose_dtype(cfg.dtype, device)
-    model = ckpt.load_model(content, device, dtype, cfg.quantize == "int8")
-    tokenizer = get_tokenizer(content["data"]["tokenizer"])
-    answers = content["data"]["kind"] == "instructions" and cfg.mode == "generate"
-    begins = content["data"].get("align", 0) > 0                        # its windows began with a document
-    eot, prompts = tokenizer.eot_token if answers or begins else None, read_prompts(cfg.prompt)
-    pieces, spaced = [], [False]
-    if cfg.mode == "infill":
-        pieces, spaced = read_blanks(read_text(cfg.text), tokenizer.encode_ordinary)
-        pieces[0] = [tokenizer.eot_token] * begins + pieces[0]
-        idx, known = to_canvas(pieces)
-        canvases = [infill_canvas(idx[None], known, int((~known).nonzero()[0]), model.cfg)[1]]
-    else:
-        ids = [encode_prompt(prompt, tokenizer, answers, begins) for prompt in prompts]
-        canvases = [prompt_canvas(row, cfg.seq_len, model.cfg) for row in ids]
-    plans = [plan(cfg, model.cfg, canvas.known) for canvas in canvases]
+    writer, given = load(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantize), cfg.given
+    cfg = writer.config(**{name: getattr(cfg, name) for name in given})
+    texts = [read_text(cfg.text)] if cfg.mode == "infill" else read_prompts(cfg.prompt)
+    tasks = [writer.task(cfg, text) for text in texts]
     if cfg.export:
-        made, _ = write_batch(cfg, model, canvases[0], [], [0], None, eot)
-        return export_network(cfg, path, content, spell(tokenizer, made[0], spaced))
-    network = f"{path}: step {content['step']:,}, trained on {content['data']['label']}"
-    say_what(cfg, network, prompts, plans[0], f"{device}, {str(dtype)[6:]}")
-    if 0 in pieces:
-        log(f"each [MASK] is tried with 1 to {LONGEST} tokens")
+        return export_network(cfg, writer.path, writer.content, writer.write(cfg, tasks[0], [0])[0])
+    say_what(cfg, given, writer, texts, tasks[0])
     clock, calls = time.perf_counter(), []
     tokens = 0
-    model.register_forward_hook(lambda *_: calls.append(1))
-    for prompt, canvas, planned in zip(prompts, canvases, plans, strict=True):
+    writer.model.register_forward_hook(lambda *_: calls.append(1))
+    for text, task in zip(texts, tasks, strict=True):
+        cfg = cfg if cfg.mode == "infill" else replace(cfg, prompt=text)
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            watch = Watch(cfg, tokenizer, canvas.known, planned.most_steps)
-            made, shown = write_batch(cfg, model, canvas, pieces, numbers, watch, eot)
-            tokens += sum(len(piece) for ids in made for piece in ids[1::2])
-            for number, ids in zip(numbers, made, strict=True):
-                print_sample(cfg, prompt, number, spell(tokenizer, ids, spaced), answers)
-            if cfg.html and first == 0 and canvas is canvases[0]:
-                save_page(cfg.html, model.alpha_bar(), tokenizer, shown, watch.frames)
+            watch = Watch(cfg, writer.tokenizer, task.canvas.known, task.plan.most_steps)
+            for number, sample in zip(numbers, writer.write(cfg, task, numbers, watch), strict=True):
+                print_sample(cfg, "" if writer.answers else cfg.prompt, number, sample)
+            tokens += watch.written
+            if cfg.html and first == 0 and task is tasks[0]:
+                save_page(cfg.html, writer.model.alpha_bar(), writer.tokenizer, watch.ids, watch.frames)
     seconds = time.perf_counter() - clock
     log(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {len(calls):,} network calls")
 
