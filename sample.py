@@ -30,10 +30,12 @@ from data import cut_at_eot, first_document, format_instruction, get_tokenizer, 
 from diffusion import generator
 from generate import LONGEST, Canvas, Plan, Sampling, generate, infill, infill_canvas, plan, prompt_canvas, to_canvas
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
+from serve import Server
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 MARK = "<|endoftext|>"            # before a document
-PAGE = Path(__file__).with_name("bench") / "page.html"
+PAGE = Path(__file__).with_name("page.html")
+FAINT, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"        # orders to a terminal
 CARD = """---
 license: other
 library_name: sunfish
@@ -70,6 +72,8 @@ class Config(Sampling):
     show: bool = False               # watch the first sample of each batch being denoised
     html: str = ""                   # file for a page on which the first sample can be watched again
     export: str = ""                 # write the network to this folder, for sharing, and nothing else
+    serve: bool = False              # a page to play with, at http://127.0.0.1 and this port, until Ctrl-C
+    port: int = 8000
 
     def check(self):
         super().check()
@@ -84,6 +88,9 @@ class Config(Sampling):
             raise UserError("--text is for --mode=infill; use --prompt, or add --mode=infill")
         if self.export and (self.mode != "generate" or self.quantize != "none"):
             raise UserError("--export writes a whole network; leave out mode and quantize")
+        if self.serve and (self.prompt or self.text or self.export):
+            raise UserError("--serve takes its texts from the page; leave out --prompt, --text and --export")
+        in_range(self, 0, 65_535, "port")
         if self.mode == "generate" and BLANK.search(self.prompt):
             raise UserError("a prompt is continued, not filled in; give text with [MASK] as --mode=infill --text=...")
         if self.html:
@@ -175,39 +182,54 @@ def check_page(path):
 
 
 class Watch:
-    """What `generate` shows each step to: it redraws the first sample in the terminal, if asked, and keeps for a page
-    what each step decided of it: (t, positions, ids, probabilities)."""
+    """What `generate` shows each step to. It redraws the first sample in the terminal, if asked, and hands each step of
+    it to `keep`: (noise level 0 to 1, words, positions). A word is a token and how sure the network is of it, None if
+    it was given, -1 while it is noise."""
 
-    def __init__(self, cfg, tokenizer, known, total):
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.frames = []
-        self.begin(0, known, total)
+    def __init__(self, cfg, writer, task, keep=None):
+        self.cfg, self.writer, self.keep = cfg, writer, keep
+        self.begin(0, task.canvas.known, task.plan.most_steps)
 
     def begin(self, start, known, total):
         """A window at `start`, given where known (T,), is now written in so many steps."""
-        self.start, self.decided = start, known.clone()
+        self.sure = [None if is_known else -1 for is_known in known.tolist()]
         self.total, self.calls = total, 0
 
     def __call__(self, t, tokens, pos, logits):
         self.calls += 1
-        ids = tokens[0, pos]
-        if self.cfg.show:
-            self.decided[pos.cpu()] = True
-            if sys.stderr.isatty() or self.calls % math.ceil(self.total / 16) == 0:
-                self.draw(t, tokens[0].tolist())
-        if self.cfg.html:
-            sure = logits[0].float().softmax(-1).gather(-1, ids[:, None])[:, 0]
-            self.frames.append((t, (pos + self.start).tolist(), ids.tolist(), sure.tolist()))
+        is_drawn = self.cfg.show and (sys.stderr.isatty() or self.calls % math.ceil(self.total / 16) == 0)
+        if not (is_drawn or self.keep):
+            return
+        sure = logits[0].float().softmax(-1).gather(-1, tokens[0, pos, None])[:, 0].tolist()
+        for place, p in zip(pos.tolist(), sure, strict=True):
+            self.sure[place] = round(p, 3)
+        step = t / self.writer.model.cfg.timesteps, self.words(tokens[0].tolist()), pos.tolist()
+        if self.keep:
+            self.keep(step)
+        if is_drawn:
+            self.draw(*step)
 
-    def draw(self, t, ids):
-        """The text so far in the terminal; tokens that are still noise are dots."""
-        text, tokens = "", zip(self.decided.tolist(), ids, strict=True)
-        for is_written, run_of in itertools.groupby(tokens, key=lambda pair: pair[0]):
-            part = [i for _, i in run_of]
-            text += self.tokenizer.decode(part) if is_written else "\u00b7" * len(part)
-        text = text.removeprefix(MARK).replace(MARK, " / ")
-        clear = "\033[2J\033[H" if sys.stderr.isatty() else ""
-        log(f"{clear}step {self.calls} of at most {self.total}, noise level {t}\n{' '.join(text.split())}")
+    def words(self, ids):
+        """The words of a text up to its end."""
+        begin = int(ids[0] == self.writer.eot)              # which opens a document
+        end = len(cut_at_eot(ids[begin:], self.writer.eot)) + begin if self.cfg.mode == "generate" else len(ids)
+        spelled = (self.writer.tokenizer.decode([i]).replace(MARK, "") for i in ids[:end])
+        return list(zip(spelled, self.sure, strict=False))
+
+    def draw(self, noise, words, pos):
+        """The text so far in the terminal: the surer the network, the stronger; noise is dots."""
+        clear, text = "", "".join("\u00b7" if sure == -1 else word for word, sure in words)
+        if sys.stderr.isatty():
+            clear, text = "\033[2J\033[H", "".join(shade(*word) for word in words)
+        bar = "#" * round(20 * noise) + "." * (20 - round(20 * noise))
+        log(f"{clear}step {self.calls} of at most {self.total}, noise {bar} {noise:.2f}\n{text.strip()}")
+
+
+def shade(word, sure):
+    """A word as a terminal shows it: bold if it was given, faint while the network is unsure."""
+    if sure is None:
+        return BOLD + word + PLAIN
+    return f"{FAINT}\u00b7{PLAIN}" if sure == -1 else FAINT * (sure < 0.7) + word + PLAIN
 
 
 def print_sample(cfg, begin, number, text):
@@ -219,20 +241,10 @@ def print_sample(cfg, begin, number, text):
     print(title + begin + text, flush=True)
 
 
-def save_page(path, alpha_bar, tokenizer, ids, frames):
-    """Write a page on which a reader can go through the steps in which the tokens `ids` were written."""
-    written = {place for _, pos, _, _ in frames for place in pos}
-    spelled = [tokenizer.decode([i]).replace(MARK, "") for i in ids]
-    tokens = [None if place in written else word for place, word in enumerate(spelled)]
-    steps = []
-    for t, *columns in frames:
-        rows = [row for row in zip(*columns, strict=True) if row[0] < len(ids)]
-        words = [[place, tokenizer.decode([i]).replace(MARK, ""), round(sure, 3)] for place, i, sure in rows]
-        if words:                                           # not those after the end
-            steps.append([t, round(float((1 - alpha_bar[t]) ** 0.5), 4), words])
-    data = json.dumps(dict(tokens=tokens, steps=steps)).replace("<", "\\u003c")
-    write_file(Path(path), PAGE.read_text(encoding="utf-8").replace("DATA", data).encode())
-    log(f"{path}: {len(steps)} steps to look at, in any browser")
+def page(recordings):
+    """The page on which a reader goes through recordings, dicts of title, about and steps (`Watch`), as bytes."""
+    data = json.dumps(recordings).replace("<", "\\u003c")
+    return PAGE.read_text(encoding="utf-8").replace("DATA", data).encode()
 
 
 def export_network(cfg, path, content, text):
@@ -325,20 +337,18 @@ class Writer:
     def write(self, cfg, task, numbers, watch=None):
         """The samples of a Task with these numbers: texts whose blanks are filled, or what comes after the prompt."""
         canvas, _, pieces, spaced = task
-        asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()     # has its own noise
+        asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()   # its own noise
         makers = [partial(generator, self.model.wte.device, cfg.seed, number, *asked) for number in numbers]
         if pieces:
             made = infill(self.model, pieces, cfg, makers, watch)
-            whole = sum(made[0], [])
             made = [[ids[0][ids[0][:1] == [self.eot]:], *ids[1:]] for ids in made]
         else:
             texts = generate(self.model, canvas, cfg, [make() for make in makers], watch, self.eot).tolist()
             given = int(canvas.known.sum())
             cut = cut_at_eot if given else first_document
             made = [[[], cut(ids[given:], self.eot)] for ids in texts]
-            whole = texts[0][:given + len(made[0][1]) + (not given and texts[0][0] == self.eot)]
         if watch:
-            watch.ids, watch.written = whole, sum(len(piece) for ids in made for piece in ids[1::2])
+            watch.written = sum(len(piece) for ids in made for piece in ids[1::2])
         texts = [spell(self.tokenizer, ids, spaced) for ids in made]
         if self.answers and not pieces:
             return [text.strip() for text in texts]
@@ -368,30 +378,51 @@ def say_what(cfg, given, writer, texts, task):
         log(f"each [MASK] is tried with 1 to {LONGEST} tokens")
 
 
+def serve(cfg, given, writer):
+    """Have what is typed into a page at 127.0.0.1 written, until Ctrl-C."""
+    usual = {name: getattr(cfg, name) for name in given if name not in ("mode", "serve")}
+
+    def write(asked, keep):
+        text = asked.pop("text")
+        kind = dict(mode="infill", text=text) if BLANK.search(text) else dict(prompt=text)
+        one = writer.config(**{**usual, **asked, **kind})
+        task = writer.task(one, text)
+        writer.write(one, task, [0], Watch(one, writer, task, keep))
+        return f"{task.plan.num_blocks} x {task.plan.steps} steps and {task.plan.revisions} revisions, seed {one.seed}"
+    server = Server(cfg.port, page([]), write)
+    log(f"{writer.path}: open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends this")
+    server.run()
+
+
 @torch_faults()
 def main(cfg):
     keep_memory()
     writer, given = load(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantize), cfg.given
     cfg = writer.config(**{name: getattr(cfg, name) for name in given})
+    if cfg.serve:
+        return serve(cfg, given, writer)
     texts = [read_text(cfg.text)] if cfg.mode == "infill" else read_prompts(cfg.prompt)
     tasks = [writer.task(cfg, text) for text in texts]
     if cfg.export:
         return export_network(cfg, writer.path, writer.content, writer.write(cfg, tasks[0], [0])[0])
     say_what(cfg, given, writer, texts, tasks[0])
     clock, calls = time.perf_counter(), []
-    tokens = 0
+    tokens, steps = 0, []
     writer.model.register_forward_hook(lambda *_: calls.append(1))
     for text, task in zip(texts, tasks, strict=True):
         cfg = cfg if cfg.mode == "infill" else replace(cfg, prompt=text)
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
-            watch = Watch(cfg, writer.tokenizer, task.canvas.known, task.plan.most_steps)
+            is_kept = cfg.html and first == 0 and task is tasks[0]
+            watch = Watch(cfg, writer, task, steps.append if is_kept else None)
             for number, sample in zip(numbers, writer.write(cfg, task, numbers, watch), strict=True):
                 print_sample(cfg, "" if writer.answers else cfg.prompt, number, sample)
             tokens += watch.written
-            if cfg.html and first == 0 and task is tasks[0]:
-                save_page(cfg.html, writer.model.alpha_bar(), writer.tokenizer, watch.ids, watch.frames)
     seconds = time.perf_counter() - clock
+    if cfg.html:
+        about = f"{shorten(texts[0])}; seed {cfg.seed}; {writer.path}, {writer.content['data']['label']}"
+        write_file(Path(cfg.html), page([dict(title="", about=about, steps=steps)]))
+        log(f"{cfg.html}: {len(steps)} steps to look at, in any browser")
     log(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {len(calls):,} network calls")
 
 

@@ -8,7 +8,7 @@ MAY_IMPORT = {"configurator": "", "diffusion": "", "machine": "configurator", "m
               "data": "configurator diffusion", "checkpoint": "configurator machine model",
               "generate": "configurator data diffusion machine model",
               "train": "checkpoint configurator data diffusion generate machine model",
-              "sample": "checkpoint configurator data diffusion generate machine",
+              "serve": "configurator", "sample": "checkpoint configurator data diffusion generate machine serve",
               "fables": "", "prepare_fineweb": "configurator data fables"}
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in MAY_IMPORT}
 NODES = {name: list(ast.walk(ast.parse(source))) for name, source in SOURCES.items()}

@@ -160,7 +160,7 @@ def test_the_lengths_that_are_tried_are_counted(base):
 @pytest.mark.parametrize("text", ["the red [MASK] sea", " the old dog went home" * 9 + "[MASK:2] sea"])
 def test_steps_are_shown_of_open_blanks_and_of_windows_inside_a_document(base, text):
     err = write(base, "--mode=infill", "--text", text, "--show").stderr
-    assert "step 3 of at most 3, noise level 333\n" in err and " sea\n" in err and "\u00b7" not in err
+    assert "step 3 of at most 3, noise #######............. 0.33\n" in err and " sea\n" in err and "\u00b7" not in err
 
 
 def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
@@ -176,19 +176,24 @@ def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
 def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base, tmp_path):
     (tmp_path / "text.txt").write_text("the dog [MASK:2] home\n")
     assert write(base, "--mode=infill", f"--text=@{tmp_path / 'text.txt'}").stdout.startswith("the dog")
-    tokenizer = script.get_tokenizer(ckpt.find(base)[1]["data"]["tokenizer"])
-    ids, err = tokenizer.encode_ordinary("the dog sea"), io.StringIO()
-    watch = script.Watch(script.Config(show=True), tokenizer, torch.arange(len(ids)) < 1, 1)
+    writer = script.load(base, "cpu", "float32")
+    ids, err, kept = writer.tokenizer.encode_ordinary("the dog sea"), io.StringIO(), []
+    watch = script.Watch(script.Config(show=True, mode="infill"), writer, writer.task(script.Config(), ""), kept.append)
+    watch.begin(0, torch.arange(len(ids)) < 1, 1)
     with contextlib.redirect_stderr(err):
-        watch(1000, torch.tensor([ids]), torch.tensor([1]), None)
+        watch(250, torch.tensor([ids]), torch.tensor([1]), torch.zeros(1, 1, 300))
     dots = "\u00b7" * (len(ids) - 2)
-    assert dots and err.getvalue() == f"step 1 of at most 1, noise level 1000\n{tokenizer.decode(ids[:2])}{dots}\n"
+    assert dots and err.getvalue() == (f"step 1 of at most 1, noise {'#' * 5}{'.' * 15} 0.25\n"
+                                       f"{writer.tokenizer.decode(ids[:2])}{dots}\n")
+    (noise, words, pos), = kept
+    assert noise == 0.25 and pos == [1] and "".join(word for word, _ in words) == "the dog sea"
+    assert [sure for _, sure in words] == [None, round(1 / 300, 3)] + [-1] * (len(ids) - 2)
 
 
 @pytest.mark.slow
 def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
     out = write(base, "--prompt", "", "--seq_len=5", "--show", run=run)
-    assert "trained on text.jsonl" in out.stderr and "step 3 of at most 3, noise level" in out.stderr
+    assert "trained on text.jsonl" in out.stderr and "step 3 of at most 3, noise" in out.stderr
 
 
 @pytest.mark.parametrize("args, words", [
