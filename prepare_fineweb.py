@@ -471,5 +471,9 @@ def is_prose(block):
     return len(words) >= 8 and plain >= 0.75 * len(words) and bool(re.match(r"[A-Z].*[.?!:]$", " ".join(words)))
 
 
-if __name__ == "__main__":
+def program():
     run(main, Config)
+
+
+if __name__ == "__main__":
+    program()

@@ -426,5 +426,9 @@ def main(cfg):
     log(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {len(calls):,} network calls")
 
 
-if __name__ == "__main__":
+def program():
     run(main, Config)
+
+
+if __name__ == "__main__":
+    program()

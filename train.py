@@ -748,5 +748,9 @@ def main(cfg):
     return code
 
 
-if __name__ == "__main__":
+def program():
     run(main, Config)
+
+
+if __name__ == "__main__":
+    program()

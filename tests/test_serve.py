@@ -36,8 +36,9 @@ def server():
     server.server_close()
 
 
-def ask(server, method="POST", path="/write", body=json.dumps(ASKED), **headers):
+def ask(server, method="POST", path="/write", body=None, **headers):
     """(status, body) of a request."""
+    body = json.dumps(ASKED) if body is None else body
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.request(method, path, body if method == "POST" else None, headers)
     reply = connection.getresponse()
