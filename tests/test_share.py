@@ -3,8 +3,10 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import zipfile
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -269,6 +271,50 @@ def test_the_box_does_not_jump_and_a_phone_shows_it_whole(base, browser, tmp_pat
             heights.add(round(tab.locator("#ghost").bounding_box()["height"]))
         assert len(heights) == 1 and tab.evaluate("document.documentElement.scrollWidth") <= width
         tab.close()
+
+
+@pytest.mark.slow
+def test_several_ways_of_writing_are_watched_on_one_page(base, browser, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    out = call(["page.py", f"--checkpoint={base}", "--prompt=the dog", "--text=the red [MASK] went", "--seq_len=8",
+                "--seed=3", f"--out={tmp_path / 'all.html'}"]).stdout
+    tab, said = browser.new_page(), []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.goto((tmp_path / "all.html").as_uri())
+    titles = tab.locator("#which option").all_text_contents()
+    calls = [int(re.search(r": (\d+) network calls$", title)[1]) for title in titles]
+    assert len(titles) == 7 and calls[0] == 32 and calls[5] == 8 and "7 texts to watch" in out
+    for i in range(len(titles)):
+        tab.select_option("#which", str(i))
+        tab.evaluate("stop(); go(n)")
+        about, text = tab.text_content("#about"), tab.text_content("#text")
+        assert f"; {calls[i]} network calls" in about and "--seed=3" in about and text.startswith("the")
+        assert ("nats a token behind it: 1: " in about) == (i == 6)
+        asked = about.split("; ")[0].replace("python ", "", 1)
+        made = call([*shlex.split(asked), "--device=cpu", "--dtype=float32"]).stdout         # that command writes it
+        assert "".join(made.split()) == "".join(text.replace("\ufffd", "").split())
+    assert not said
+    tab.close()
+
+
+@pytest.mark.slow
+def test_a_moving_picture_shows_one_step_after_the_other(base, browser, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    file = tmp_path / "a.svg"
+    call(["animate.py", f"--checkpoint={base}", "--prompt=the dog <&>", "--seq_len=8", "--steps=4", f"--out={file}"])
+    assert file.stat().st_size < 200_000
+    tab, seen = browser.new_page(), set()
+    tab.goto(file.as_uri())
+    frames = len(ElementTree.parse(file).findall("{*}g"))
+    shown = "[...document.querySelectorAll('.f')].filter(f => getComputedStyle(f).opacity === '1').map(f => f.id)"
+    for _ in range(200):
+        now = tab.evaluate(shown)
+        assert len(now) <= 1                                # one at a time
+        seen.update(now)
+        tab.wait_for_timeout(20 if len(seen) < frames else 0)
+    assert seen == {f"f{i}" for i in range(frames)} and frames >= 5
+    assert tab.text_content("#f0").startswith("step   0 of") and "the dog <&>" in tab.text_content(f"#f{frames - 1}")
+    tab.close()
 
 
 def test_a_page_that_cannot_be_written_is_said(base, tmp_path):

@@ -1,0 +1,100 @@
+"""
+A moving picture of a text that is denoised, as an SVG that a README or a slide can show.
+
+    python bench/animate.py --checkpoint=out/tiny --prompt="Once there was a brave mouse" --out=denoising.svg
+
+Bold is given, dots are noise, and the fainter a word the less sure the network is of it.
+"""
+import sys
+import textwrap
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configurator import in_range, run
+from data import write_file
+from sample import Config as Sample
+from sample import Watch, load
+
+COLUMNS, LINE, CHAR = 84, 24, 8.43       # characters in a line; height of a line and width of a character in pixels
+SECONDS, PAUSE = 0.3, 3.0                # a step stands so long, the last one longer
+STYLE = """text { font: 14px ui-monospace, Menlo, Consolas, monospace; white-space: pre; fill: #1c2733 }
+.given { font-weight: bold } .noise { fill: #b4bec8 } .where { fill: #5b6875 }
+rect { fill: #fff; stroke: #d5dce3 }
+@media (prefers-color-scheme: dark) { text { fill: #e8edf2 } .noise { fill: #55616d } .where { fill: #9fb0c0 }
+rect { fill: #14191f; stroke: #37424d } }"""
+
+
+@dataclass(frozen=True)
+class Config(Sample):
+    prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."
+    seq_len: int = 32
+    seed: int = 2
+    out: str = "denoising.svg"           # file of the picture
+
+    def check(self):
+        super().check()
+        in_range(self, 1, 1e9, "seed")
+
+
+def lines_of(words):
+    """Words (token, sure) in lines of at most COLUMNS characters: lists of (characters, class, opacity)."""
+    lines, width = [[]], 0
+    for token, sure in words:
+        token = " ..." if sure == -1 else token.replace("\n", " ")
+        if width + len(token) > COLUMNS:
+            lines.append([])
+            width, token = 0, token.lstrip()
+        kind = {None: "given", -1: "noise"}.get(sure, "word")
+        lines[-1].append((token, kind, 1.0 if kind != "word" else round(0.25 + 0.75 * sure, 2)))
+        width += len(token)
+    return lines
+
+
+def frame(number, total, noise, words):
+    """The text after a step, as SVG; a class of its own shows it in its time."""
+    bar = "#" * round(20 * noise)
+    rows = [f'<text class="where" x="16" y="{LINE}">step {number:3d} of {total}   noise {bar:.<20} {noise:.2f}</text>']
+    for y, line in enumerate(lines_of(words), 2):
+        spans = "".join(f'<tspan class="{kind}"' + f' opacity="{opacity}"' * (opacity < 1) + f">{escape(token)}</tspan>"
+                        for token, kind, opacity in line)
+        rows.append(f'<text x="16" y="{LINE * y + 6}">{spans}</text>')
+    return f'<g class="f" id="f{number}">' + "".join(rows) + "</g>"
+
+
+def picture(steps):
+    """The steps that a Watch kept, one after the other and again, as SVG."""
+    first = [(token, None if sure is None else -1) for token, sure in steps[0][1]]
+    shown = [(1.0, first), *[(noise, words) for noise, words, _ in steps]]
+    total, length = len(steps), SECONDS * len(shown) + PAUSE
+    height = LINE * (max(len(lines_of(words)) for _, words in shown) + 2)
+    rules = []
+    for i in range(len(shown)):
+        end = length if i == total else SECONDS * (i + 1)
+        rules.append(f"@keyframes k{i} {{ 0%, {100 * SECONDS * i / length:.3f}% {{ opacity: 0 }} "
+                     f"{100 * SECONDS * i / length + 0.001:.3f}%, {100 * end / length - 0.001:.3f}% {{ opacity: 1 }} "
+                     f"{100 * end / length:.3f}%, 100% {{ opacity: 0 }} }} #f{i} {{ animation-name: k{i} }}")
+    rules.append(f".f {{ animation-duration: {length:.2f}s; animation-iteration-count: infinite; "
+                 "animation-timing-function: step-end; opacity: 0 }")
+    frames = [frame(i, total, *step) for i, step in enumerate(shown)]
+    width = round(32 + CHAR * COLUMNS)
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'role="img" aria-label="a text while it is denoised">', "<style>", STYLE, *rules, "</style>",
+        f'<rect width="{width - 1}" height="{height - 1}" x=".5" y=".5" rx="8"/>', *frames, "</svg>", ""])
+
+
+def main(cfg):
+    writer, steps = load(cfg.checkpoint, "cpu", "float32"), []
+    given = {name: getattr(cfg, name) for name in {*cfg.given, "prompt", "seq_len", "seed"} - {"out"}}
+    how = writer.config(**given)
+    task = writer.task(how, how.text or how.prompt)
+    text, = writer.write(how, task, [0], Watch(how, writer, task, steps.append))
+    write_file(Path(cfg.out), picture(steps).encode())
+    print(textwrap.shorten(f"{cfg.out}: {len(steps)} steps, {Path(cfg.out).stat().st_size:,} bytes: {text}", 200))
+
+
+if __name__ == "__main__":
+    run(main, Config)

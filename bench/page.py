@@ -1,0 +1,85 @@
+"""
+One page on which several denoisings can be watched: the window, blocks, the autoregressive limit, a blank.
+
+    python bench/page.py --checkpoint=out/tiny --prompt="Once there was a brave mouse" --text="Ada was a brave [MASK]."
+
+Each is written with the same seed by the same network; the number of its calls stands beside it.
+"""
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configurator import UserError, in_range, run
+from data import write_file
+from generate import LONGEST, generators, length_costs
+from sample import Watch, load, page
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = "out/tiny"     # network that writes
+    prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."     # text to continue
+    text: str = "Ada was a brave [MASK] who lived near the mill. It had rained all night."     # text with one blank
+    seq_len: int = 32                # tokens to write after the prompt; 0 is all that the window leaves
+    seed: int = 2
+    temperature: float = 1.0         # below 1 is safer and duller
+    out: str = "page.html"           # file of the page
+
+    def check(self):
+        in_range(self, 1, 1e9, "seed")
+        if not self.prompt.strip():
+            raise UserError("prompt is empty; give a text to continue")
+
+
+def kinds(cfg):
+    """(title, settings) of each recording."""
+    after = dict(prompt=cfg.prompt, seq_len=cfg.seq_len)
+    yield "the whole window, from noise, 32 steps", dict(after, block_length=0, steps=32, revisions=0)
+    yield "the whole window, read again and revised", dict(after, block_length=0, steps=32)
+    yield "blocks of 16, 16 steps each", dict(after, block_length=16, steps=16, revisions=0)
+    yield "blocks of 16, 4 steps each, read again and revised", dict(after, block_length=16)
+    yield "blocks of 16, twice as heedful of the prompt (guidance 2)", dict(after, block_length=16, guidance_scale=2.0)
+    yield "one token at a time: the autoregressive limit", dict(after, block_length=1)
+    yield "a blank", dict(mode="infill", text=cfg.text)
+
+
+def command(cfg, settings):
+    """The command line that writes the same."""
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    return shlex.join(["python", "sample.py", f"--checkpoint={cfg.checkpoint}", *words])
+
+
+def lengths_tried(writer, cfg, task):
+    """What each length of an open blank costs, in words."""
+    lengths = range(1, LONGEST + 1)
+    costs = length_costs(writer.model, task.pieces, task.pieces.index(0), lengths, cfg,
+                         lambda: generators(writer.model.wte.device, cfg.seed, [0])[0])
+    return "nats a token behind it: " + ", ".join(f"{n}: {cost:.2f}" for n, cost in zip(lengths, costs, strict=True))
+
+
+def record(writer, cfg, title, settings):
+    """A recording of one text: what page.html shows."""
+    settings = dict(settings, seed=cfg.seed, temperature=cfg.temperature)
+    steps, calls, how = [], [], writer.config(**settings)
+    hook = writer.model.register_forward_hook(lambda *_: calls.append(1))
+    task = writer.task(how, how.text or how.prompt)
+    text, = writer.write(how, task, [0], Watch(how, writer, task, steps.append))
+    hook.remove()
+    tried = f"; {lengths_tried(writer, how, task)}" if 0 in task.pieces else ""
+    print(f"{title}, {len(calls)} network calls: {' '.join(text.split())}")
+    about = f"{command(cfg, settings)}; {len(calls)} network calls{tried}; {writer.content['data']['label']}"
+    return dict(title=f"{title}: {len(calls)} network calls", about=about, steps=steps)
+
+
+def main(cfg):
+    writer = load(cfg.checkpoint, "cpu", "float32")
+    recordings = [record(writer, cfg, *kind) for kind in kinds(cfg)]
+    write_file(Path(cfg.out), page(recordings))
+    print(f"{cfg.out}: {len(recordings)} texts to watch, in any browser")
+
+
+if __name__ == "__main__":
+    run(main, Config)
