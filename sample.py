@@ -35,7 +35,7 @@ from serve import Server
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 MARK = "<|endoftext|>"            # before a document
 PAGE = Path(__file__).with_name("page.html")
-FAINT, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"        # orders to a terminal
+BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
 CARD = """---
 license: other
 library_name: sunfish
@@ -187,7 +187,8 @@ class Watch:
     it was given, -1 while it is noise."""
 
     def __init__(self, cfg, writer, task, keep=None):
-        self.cfg, self.writer, self.keep = cfg, writer, keep
+        self.cfg, self.writer = cfg, writer
+        self.keep = keep
         self.begin(0, task.canvas.known, task.plan.most_steps)
 
     def begin(self, start, known, total):
@@ -299,8 +300,9 @@ class Writer:
     """A network and its tokenizer. Settings are those of the command line, by default those that it was trained for."""
 
     def __init__(self, path, content, model):
-        self.path, self.content, self.model = path, content, model
-        self.tokenizer, data = get_tokenizer(content["data"]["tokenizer"]), content["data"]
+        self.path, self.content = path, content
+        self.model, data = model, content["data"]
+        self.tokenizer = get_tokenizer(data["tokenizer"])
         self.begins = data.get("align", 0) > 0              # its windows began with a document
         self.answers = data["kind"] == "instructions"
         self.eot = self.tokenizer.eot_token if self.begins or self.answers else None

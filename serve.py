@@ -86,7 +86,8 @@ class Server(ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
             raise UserError(f"port={port} cannot be used ({error.strerror}); choose another") from None
-        self.page, self.write, self.free = page, write, threading.Lock()
+        self.page, self.write = page, write
+        self.free = threading.Lock()
 
     def handle_error(self, request, client_address):
         """Pass over a page that was closed while it was answered."""

@@ -45,7 +45,7 @@ def test_every_setting_in_the_config_files_is_one():
 
 def test_every_file_is_as_long_as_the_readme_says():
     rows = re.findall(r"\| `(\w+\.py)` \| ([\d,]+) \|", README)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for name, said in rows:
         lines = len((ROOT / name).read_text().splitlines())
         assert abs(lines - int(said.replace(",", ""))) <= 5, (name, lines, said)
@@ -56,6 +56,14 @@ def test_the_training_step_of_the_readme_is_that_of_train():
     source = [line.split("#")[0].strip() for line in (ROOT / "train.py").read_text().splitlines()]
     for line in step.splitlines():
         assert line.split("#")[0].strip() in source, line
+
+
+def test_the_python_of_the_readme_writes(base, capsys):
+    """As it stands there, with a network of the tests."""
+    lines, = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "from sample import load" in code)
+    assert len(lines.splitlines()) <= 5
+    exec(lines.replace("out/tiny", str(base)), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_every_test_named_exists():
