@@ -150,7 +150,7 @@ def new_meta(cfg, settings, spec, documents):
     spec = spec or train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
     known = {"fables": ("very short stories out of a grammar, the embedded corpus", "MIT"),
              "pydoc": ("this Python's own documentation", "PSF-2.0"),
-             **{name: (f"{repo} {cfg.subset}", "ODC-By 1.0") for name, repo in HUB.items()}}
+             **{name: (f"HuggingFaceFW/{name} {cfg.subset}", "ODC-By 1.0") for name in HUB}}
     about, licence = known.get(cfg.source, ("text of your own", "yours"))
     name, revision = settings["source"], settings["revision"]
     return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
@@ -342,7 +342,7 @@ def open_source(source, revision="", subset="", part=(0, 1)):
     elif source == "pydoc":
         revision, documents = f"Python {sys.version.split()[0]}", read_pydoc()
     elif source in HUB:
-        documents = read_hub(HUB[source], revision, subset, part)
+        documents = read_hub(f"HuggingFaceFW/{source}", revision, subset, part)
         revision = next(documents)
         i, n = 0, 1
     else:
