@@ -26,9 +26,8 @@ from pathlib import Path
 KINDS = {int: "a whole number, like 100_000 or 1e5", float: "a finite number, like 0.1 or 3e-4", bool: "true or false",
          str: "text in quotes"}
 HINTS = {"lr": "learning_rate", "max_new_tokens": "seq_len", "max_tokens": "seq_len", "length": "seq_len",
-         "max_length": "seq_len", "n": "num_samples", "num_steps": "steps", "model": "checkpoint", "data": "dataset",
-         "max_iters": "max_steps", "iters": "max_steps", "epochs": "max_steps", "context_length": "block_size",
-         "cfg_scale": "guidance_scale", "output": "out_dir", "output_dir": "out_dir"}   # what others call it
+         "max_length": "seq_len", "n": "num_samples", "model": "checkpoint", "iters": "max_steps",
+         "epochs": "max_steps", "context_length": "block_size", "output": "out_dir"}    # what others call it
 CUTS = {"top_k", "top_p", "greedy", "do_sample"}                # ways to cut off unlikely tokens; there are none here
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}    # 9 ** 9 ** 9 overflows at once as floats
@@ -108,8 +107,7 @@ def check_fields(where, content, **fields):
 
 def shorten(value):
     """The repr of a value, cut for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return printable(repr(value), 60)
 
 
 def printable(text, most=300):

@@ -239,9 +239,8 @@ class Dataset:
         self.is_examples = any(map(len, lengths))
         rows = [self.place(part) for part in lengths]
         self.rows = np.concatenate(rows)                    # of examples
-        counts = [len(part) if self.is_examples else len(shard) // self.T
-                  for part, shard in zip(rows, self.shards, strict=True)]
-        self.ends = np.cumsum(counts)
+        counts = map(len, rows) if self.is_examples else (len(shard) // self.T for shard in self.shards)
+        self.ends = np.cumsum(list(counts))
         self.begins = [np.flatnonzero(shard[:len(shard) - self.T + 1] == vocab_size - 1) if align else []
                        for shard in self.shards]            # of documents, at their end of text
         if self.ends[-1] == 0:
