@@ -87,8 +87,8 @@ def read_network(path):
         check_fields(path, content, step=(int, 0, 1e12), config=dict, data=dict, ema=dict, **of_run)
         check_fields(f"{path}, config", content["config"], **typing.get_type_hints(ModelConfig), **of_adapters)
         data = content["data"]
-        of_data = dict(vocab_size=(int, 2, 2**16), tokenizer=dict, **dict.fromkeys(LABELS, str))
-        check_fields(f"{path}, data", data, **of_data, **({"align": (float, 0, 1)} if "align" in data else {}))
+        of_data = dict(vocab_size=(int, 2, 2**16), tokenizer=dict, align=(float, 0, 1), **dict.fromkeys(LABELS, str))
+        check_fields(f"{path}, data", {"align": 0, **data}, **of_data)                  # older ones have no align
         if "base" in data:
             check_fields(f"{path}, data, base", data["base"], label=str, licence=str, steps=int)
         model_config(content).check()
@@ -123,8 +123,9 @@ def find(place, may_fetch=True):
     place = Path(download(place[3:], *EXPORT, may_fetch=may_fetch) if str(place).startswith("hf:") else place)
     if (place / "model.safetensors").exists() or place.is_file():
         return place, read_network(place)
-    below = sorted(place.rglob(CKPT), key=lambda path: path.lstat().st_mtime)
-    here = below[-1].parent if below and place not in {path.parent for path in below} else place
+    here = place
+    if not any(place.glob(CKPT)):
+        here = max(place.rglob(CKPT), key=lambda path: path.lstat().st_mtime, default=place / CKPT).parent
     paths = sorted(here.glob(CKPT), reverse=True)
     for path in paths:
         try:

@@ -241,7 +241,7 @@ def write_examples(encoded, meta, path, goal):
 def save(path, meta, train, val, lengths=((), ())):
     """Write a shard of each split that has tokens, and then `meta`."""
     number = meta["train_tokens"] // meta["settings"]["shard_tokens"]
-    for split, tokens, rows in (("train", train, lengths[0]), ("val", val, lengths[1])):
+    for split, tokens, rows in zip(("train", "val"), (train, val), lengths, strict=True):
         if len(tokens):
             name = f"{path.stem.replace('meta', split)}_{number:06d}.bin"
             meta["shards"].append(write_shard(path.with_name(name), tokens, rows))
