@@ -8,7 +8,6 @@ hf:user/name.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import sys
 import typing
@@ -21,7 +20,7 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import Fault, UserError, check_fields, printable, read_file
+from configurator import Fault, UserError, check_fields, printable, read_file, replacing
 from machine import world_size
 from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
 
@@ -41,16 +40,11 @@ def reason(error):
 # ---- files ----
 
 def write(path, content):
-    """Write a dict of plain types and tensors, whole or not at all; Fault if the disk is full."""
-    temporary = path.with_suffix(".tmp")
+    """Write a dict of plain types and tensors, whole or not at all; Fault if that fails."""
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(dict(format=FORMAT, **content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # a full disk is "unexpected pos" to torch.save
-        temporary.unlink(missing_ok=True)
         needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
         why = "the disk is full" if "unexpected pos" in str(error) else reason(error)
         raise Fault(f"could not write {path} ({why}); it needs {needed:,} bytes; free some space and resume") from None

@@ -9,6 +9,7 @@ Config files hold `name = value` lines and are read, never run. A mistake ends t
 a fault with exit code 1.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -70,8 +71,8 @@ def run(main, Config):
 
 
 def say_error(error, code):
-    """Print an error in one line; returns the code. Under torchrun only the first process of a machine does so: the
-    others wait until torchrun ends them."""
+    """Print an error in one line; returns the code. Under torchrun the first process of a machine is the first to end,
+    and then torchrun ends the others."""
     if int(os.environ.get("LOCAL_RANK", "0")):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
@@ -90,6 +91,20 @@ def read_file(path, most=2**30):
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:              # ValueError: a NUL in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to be written in the place of `path`: a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_fields(where, content, **fields):

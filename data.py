@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import diffusion
-from configurator import Fault, UserError, check_fields, printable, read_file
+from configurator import Fault, UserError, check_fields, printable, read_file, replacing
 from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
@@ -36,16 +36,11 @@ SHARD = {"name": str, "tokens": (int, 1, 1e15), "bytes": (int, 1, 1e15), "blake2
 
 
 def write_file(path, *pieces):
-    """Replace `path` by these bytes: a crash leaves the old file or the new one. Fault on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Replace `path` by these bytes, whole or not at all; Fault if that fails."""
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Fault(f"cannot write {path} ({sum(map(len, pieces)):,} bytes): {error.strerror}; "
                     "mend that and run the same command again to go on") from None
 
@@ -234,7 +229,8 @@ class Dataset:
 
     def __init__(self, folder, split, cfg, vocab_size, align=0.0):
         self.paths, self.vocab_size = find_shards(folder, split), vocab_size
-        self.T, self.P, self.align = cfg.block_size, cfg.prompt_size, align
+        self.T, self.P = cfg.block_size, cfg.prompt_size
+        self.align = align
         self.shards, lengths = zip(*map(read_examples, self.paths), strict=True)
         self.is_examples = any(map(len, lengths))
         rows = [self.place(part) for part in lengths]

@@ -226,7 +226,8 @@ def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, mon
         before = decoder.tokens[:, pos].clone()
         held.append(read(decoder, pos, block, rng))
         log_p, drawn = 3.0 * draws[-1][0], draws[-1][1]     # the temperature
-        assert torch.allclose(cost, -log_p.gather(-1, before[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1), atol=1e-4)
+        want = -log_p.gather(-1, before[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1)
+        assert torch.allclose(cost, want, atol=1e-4)
         rare = (cost > -math.log(DOUBT)).tolist()
         for i, row in enumerate(rare):
             first = row.index(True) if any(row) else len(pos)
