@@ -8,7 +8,6 @@ hf:user/name.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import sys
 import typing
@@ -21,13 +20,13 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import Fault, UserError, check_fields, printable, read_file
+from configurator import Fault, UserError, check_fields, printable, read_file, replacing
 from machine import world_size
 from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
 
-LABELS = "label", "licence", "kind", "fingerprint"                      # of the text, in words
+LABELS = ("label", "licence", "kind", "fingerprint")                    # of the text
 FORMAT = 5                                                              # of checkpoints and exports
-CKPT = f"ckpt_{8 * '[0-9]'}.pt"                                        # the files of a run, and not copies beside them
+CKPT = f"ckpt_{8 * '[0-9]'}.pt"                                         # the files of a run, no copies beside them
 USUAL = dict.fromkeys(("block_length", "revisions"), (int, 0, 1e6))     # settings of sample.py that it keeps
 MEASURED = dict(tokens=(int, 0, 1e18), bound=(float, 0, 1e6), bound_error=(float, 0, 1e6))
 EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of an export
@@ -41,46 +40,39 @@ def reason(error):
 # ---- files ----
 
 def write(path, content):
-    """Write a dict of plain types and tensors, whole or not at all; Fault names the file and the bytes needed."""
-    temporary = path.with_suffix(".tmp")
+    """Write a dict of plain types and tensors, whole or not at all; Fault if that fails."""
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(dict(format=FORMAT, **content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # a full disk is "unexpected pos" to torch.save
-        temporary.unlink(missing_ok=True)
         needed = sum(x.nbytes for x in tree_leaves(content) if isinstance(x, torch.Tensor))
         why = "the disk is full" if "unexpected pos" in str(error) else reason(error)
         raise Fault(f"could not write {path} ({why}); it needs {needed:,} bytes; free some space and resume") from None
 
 
 def read(path):
-    """The content of a checkpoint file, its tensors mapped from the disk. Only plain types are unpickled, and every
-    byte is checked first: torch.load alone does not notice a flipped bit. Fault if the file is not a sound
-    checkpoint."""
+    """The content of a checkpoint file, its tensors mapped from the disk; Fault if it is damaged. Only plain types are
+    unpickled."""
     try:
         if not Path(path).is_file():                    # a pipe would be waited for
             raise ValueError("no regular file")
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type for part in archive.infolist()):
                 raise ValueError("compressed")          # torch compresses nothing, a bomb is
-            damaged = archive.testzip()
+            damaged = archive.testzip()                 # torch.load does not notice a flipped bit
         if damaged:
             raise ValueError(f"damaged at {damaged}")
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:                          # zipfile, zlib and the unpickler raise a dozen kinds
         raise Fault(f"{path} is not a sound checkpoint ({reason(error)})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
         raise UserError(f"{path} is a checkpoint of format {found}, and this code reads format {FORMAT}; train again")
     return content
 
 
 def read_network(path):
-    """The content of a checkpoint, or of an export in a folder, all of whose fields and weights are what they should
-    be; Fault if they are not."""
+    """The content of a checkpoint, or of an export in a folder; Fault unless all fields and weights are sound."""
     content = read_export(path) if path.is_dir() else read(path)
     of_adapters = dict(lora_rank=(int, 1, 1e6), lora_alpha=float, init_from=str) if "base" in content else {}
     of_run = {**USUAL, **MEASURED, "base": str, "model": dict, "optimizer": dict, "wandb_id": str, "world_size": int}
@@ -89,8 +81,8 @@ def read_network(path):
         check_fields(path, content, step=(int, 0, 1e12), config=dict, data=dict, ema=dict, **of_run)
         check_fields(f"{path}, config", content["config"], **typing.get_type_hints(ModelConfig), **of_adapters)
         data = content["data"]
-        of_data = dict(vocab_size=(int, 2, 2**16), tokenizer=dict, **dict.fromkeys(LABELS, str))
-        check_fields(f"{path}, data", data, **of_data, **({"align": (float, 0, 1)} if "align" in data else {}))
+        of_data = dict(vocab_size=(int, 2, 2**16), tokenizer=dict, align=(float, 0, 1), **dict.fromkeys(LABELS, str))
+        check_fields(f"{path}, data", {"align": 0, **data}, **of_data)                  # older ones have no align
         if "base" in data:
             check_fields(f"{path}, data, base", data["base"], label=str, licence=str, steps=int)
         model_config(content).check()
@@ -102,15 +94,15 @@ def read_network(path):
 
 
 def check_weights(content):
-    """Raise ValueError unless the weights in a network's content are finite numbers of the shapes that its settings
-    ask for; of adapters only theirs."""
+    """Raise ValueError unless the weights in a network's content, of adapters theirs, are finite numbers of the shapes
+    that its settings ask for."""
     with torch.device("meta"):
         model = SunFish(model_config(content), content["data"]["vocab_size"])
         if "base" in content:
             add_lora(model, content["config"]["lora_rank"], content["config"]["lora_alpha"])
     wanted = {name: x for name, x in model.state_dict().items() if "base" not in content or ".lora_" in name}
     for state in [content[name] for name in ("ema", "model") if name in content]:
-        for name in dict.fromkeys((*wanted, *state)):
+        for name in {**wanted, **state}:
             shape, found = (tuple(x[name].shape) if name in x else "nothing" for x in (wanted, state))
             if shape != found:
                 raise ValueError(f"{name} is {found}, and should be {shape}")
@@ -119,16 +111,15 @@ def check_weights(content):
 
 
 def find(place, may_fetch=True):
-    """(path, content) of the file `place`, of an export in a folder or on the hub (hf:user/name), or of the newest
-    sound checkpoint in the folder, or else in the folder below it that was written last; None if there is none.
-
-    A damaged file is passed over with a warning; Fault if all are. Unless may_fetch the hub is not asked.
-    """
+    """(path, content) of a file, of an export in a folder or on the hub (hf:user/name; not asked unless may_fetch), or
+    of the newest sound checkpoint in a folder, else in the folder below it that was written last; None if there is
+    none. A damaged file is passed over with a warning; Fault if all are."""
     place = Path(download(place[3:], *EXPORT, may_fetch=may_fetch) if str(place).startswith("hf:") else place)
     if (place / "model.safetensors").exists() or place.is_file():
         return place, read_network(place)
-    below = sorted(place.rglob(CKPT), key=lambda path: path.lstat().st_mtime)
-    here = below[-1].parent if below and place not in {path.parent for path in below} else place
+    here = place
+    if not any(place.glob(CKPT)):
+        here = max(place.rglob(CKPT), key=lambda path: path.lstat().st_mtime, default=place / CKPT).parent
     paths = sorted(here.glob(CKPT), reverse=True)
     for path in paths:
         try:
@@ -141,7 +132,7 @@ def find(place, may_fetch=True):
 
 
 def save(cfg, done, state, **content):
-    """Write out_dir/ckpt_STEP.pt of a run after `done` steps, and drop all but the newest."""
+    """Write out_dir/ckpt_STEP.pt after `done` steps, and delete old ones."""
     path = Path(cfg.out_dir) / f"ckpt_{done:08d}.pt"
     write(path, dict(config=dataclasses.asdict(cfg), step=done, world_size=world_size(), **state, **content))
     for old in sorted(path.parent.glob(CKPT))[:-cfg.keep_last]:
@@ -152,19 +143,18 @@ def save(cfg, done, state, **content):
 def check_resumable(cfg, data, content):
     """Raise UserError for another network or other data than the checkpoint's, and without cfg.resume for any other
     setting; print what else differs."""
-    network = {field.name for field in dataclasses.fields(ModelConfig)}
-    fixed = network | {"seed", "batch_tokens", "lora_rank", "lora_alpha"}
+    fixed = {*ModelConfig.__dataclass_fields__, "seed", "batch_tokens", "lora_rank", "lora_alpha"}
     old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
-    changed = [name for name in old if name != "resume" and old[name] != getattr(cfg, name)]
-    changed = [name for name in changed if name != "batch_size" or cfg.batch_size]     # 0 is what fits
+    free = {"resume"} if cfg.batch_size else {"resume", "batch_size"}                   # 0 is what fits
+    changed = [name for name in old if name not in free and old[name] != getattr(cfg, name)]
     wrong = [f"{name}={getattr(cfg, name)} is {old[name]}" for name in changed if name in fixed]
     if wrong:
         raise UserError(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another "
                         "--out_dir")
-    if data["fingerprint"] != content["data"]["fingerprint"]:
+    theirs = content["data"]
+    if data["fingerprint"] != theirs["fingerprint"]:
         raise UserError(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was "
-                        f"trained on {content['data']['label']} ({content['data']['fingerprint']}); resume with that "
-                        "--dataset")
+                        f"trained on {theirs['label']} ({theirs['fingerprint']}); resume with that --dataset")
     changes = [f"{name}={getattr(cfg, name)}, was {old[name]}" for name in changed]
     if changes and not cfg.resume:
         raise UserError(f"{cfg.out_dir} already holds a run, with {changes[0]}; continue it with --resume, or choose "
@@ -176,8 +166,7 @@ def check_resumable(cfg, data, content):
 
 
 def check_base(cfg, content, adapts):
-    """Raise UserError if the adapters of a checkpoint's content are for another network than those that are trained
-    now."""
+    """Raise UserError if the adapters of a checkpoint are for another network than those that are trained now."""
     if content and content.get("base") != adapts.get("base"):
         raise UserError(f"the adapter in {cfg.out_dir} was trained on the network {content.get('base')}, and "
                         f"init_from={cfg.init_from} is {adapts.get('base')}")
@@ -186,8 +175,8 @@ def check_base(cfg, content, adapts):
 # ---- the state of a run ----
 
 def gather_state(model, ema, optimizer):
-    """Weights, averages and moments as plain tensors on the CPU of the first process, and nothing on the others. With
-    adapters only theirs."""
+    """Weights (only of adapters, if there are any), averages and moments as plain tensors on the CPU of the first
+    process, and nothing on the others."""
     options, state = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True), {}
     for name, net in (("model", model), ("ema", ema)):
         weights = dcp.get_model_state_dict(net, options=options)
@@ -196,8 +185,8 @@ def gather_state(model, ema, optimizer):
 
 
 def restore_state(state, model, ema, optimizer=None):
-    """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer: of the
-    weights. Fault for the moments of another network."""
+    """The inverse of gather_state: the first process has the state, the others nothing. Without an optimizer only the
+    weights are restored. Fault for the moments of another network."""
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     for net, name in ((model, "model"), (ema, "ema")):
         dcp.set_model_state_dict(net, dict(state.get(name, {})), options=options)      # a copy: it is changed
@@ -214,12 +203,12 @@ def restore_state(state, model, ema, optimizer=None):
 
 def model_config(content):
     """The settings of the network in a checkpoint's content."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    names = ModelConfig.__dataclass_fields__
     return ModelConfig(**{name: value for name, value in content["config"].items() if name in names})
 
 
 def fingerprint(state):
-    """A hash of the weights of a network, which an adapter for it carries."""
+    """A hash of a network's weights, which its adapters carry."""
     digest = hashlib.blake2b(digest_size=16)
     for name, x in sorted(state.items()):
         digest.update(name.encode())
@@ -234,40 +223,36 @@ def find_network(place):
         raise UserError(f"no checkpoint at {place}; train one with `python train.py config/tiny.py`, or name it with "
                         "--checkpoint")
     path, content = found
-    if "base" not in content:
-        return found
-    base = find(content["config"]["init_from"], may_fetch=False)       # an adapter of another must not ask the hub
+    return path, merge(content, path) if "base" in content else content
+
+
+def merge(adapter, path):
+    """The content of a checkpoint of adapters with the network that they make; UserError if theirs is not there."""
+    config = adapter["config"]
+    base = find(config["init_from"], may_fetch=False)       # an adapter of a stranger must not ask the hub
     if base is None:
-        raise UserError(f"{path} holds adapters for init_from={content['config']['init_from']}, where there is no "
-                        "network; put it back")
-    return path, merge(base[1], content, path)
-
-
-def merge(base, adapter, path):
-    """The content of a checkpoint whose network is that of `base` with an adapter's change; UserError if that is of
-    another."""
-    found = fingerprint(base["ema"])
-    if adapter["base"] != found:
+        raise UserError(f"{path} holds adapters for init_from={config['init_from']}, where there is no network; "
+                        "put it back")
+    weights = base[1]["ema"]
+    if adapter["base"] != fingerprint(weights):
         raise UserError(f"{path}: the adapter was trained on the network {adapter['base']}, and "
-                        f"init_from={adapter['config']['init_from']} is now {found}; put that one back")
+                        f"init_from={config['init_from']} is now {fingerprint(weights)}; put that one back")
     model = SunFish(model_config(adapter), adapter["data"]["vocab_size"])
-    model.load_state_dict(base["ema"])
-    add_lora(model, adapter["config"]["lora_rank"], adapter["config"]["lora_alpha"])
-    model.load_state_dict(adapter["ema"], strict=False)
+    add_lora(model, config["lora_rank"], config["lora_alpha"])
+    model.load_state_dict({**weights, **adapter["ema"]})
     merge_lora(model)
     return {**adapter, "ema": model.state_dict()}
 
 
 def load_model(content, device="cpu", dtype=torch.float32, int8=False):
-    """The averaged network of a checkpoint's content, ready to write: the weights of its products in dtype, or in
-    int8."""
+    """The averaged network of a checkpoint's content, ready to write."""
     model = SunFish(model_config(content), content["data"]["vocab_size"])
     model.load_state_dict(content["ema"])
     return to_inference(model, device, dtype, int8)
 
 
 def to_inference(model, device="cpu", dtype=torch.float32, int8=False):
-    """The network itself, ready to write."""
+    """The network itself, ready to write: the weights of its matrix products in dtype, or in int8."""
     model.requires_grad_(False)
     if int8:
         quantize(model, dtype)
@@ -281,45 +266,49 @@ def to_inference(model, device="cpu", dtype=torch.float32, int8=False):
 # ---- sharing ----
 
 def usual(content):
-    """The settings with which a network of this content is to write, where they are known; older ones lack some."""
+    """The settings with which a network is to write, where its content has them."""
     return {name: content[name] for name in USUAL if content.get(name) is not None}
 
 
-def export(folder, content, **more):
-    """Write the averaged network of a checkpoint's content to a folder, with `more` plain values in config.json;
-    UserError without the safetensors package, Fault if it cannot be written."""
+def import_safetensors():
+    """The package; UserError without it."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        import safetensors.torch
     except ImportError:
-        raise UserError("--export needs the safetensors package; pip install safetensors") from None
+        raise UserError("this needs the safetensors package; pip install safetensors") from None
+    return safetensors
+
+
+def export(folder, content, **more):
+    """Write the averaged network of a checkpoint's content to a new folder, with `more` plain values in config.json;
+    Fault if it cannot be written."""
+    safetensors = import_safetensors()
     data = {key: value for key, value in content["data"].items() if key != "tokenizer"}
     config = dict(model_type="sunfish", format=FORMAT, step=content["step"], fingerprint=fingerprint(content["ema"]),
                   config=dataclasses.asdict(model_config(content)), data=data, **more)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in content["ema"].items()}, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)                     # it would be for its owner only
+        weights = folder / "model.safetensors"
+        safetensors.torch.save_file({name: x.contiguous() for name, x in content["ema"].items()}, weights)
+        weights.chmod(0o644)                                            # it would be for its owner only
         for name, values in (("tokenizer", content["data"]["tokenizer"]), ("config", config)):
             text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:                         # a full disk is a SafetensorError
+    except (OSError, safetensors.SafetensorError) as error:             # a full disk is a SafetensorError
         shutil.rmtree(folder, ignore_errors=True)                       # it was new, or empty
         raise Fault(f"cannot write export={folder} ({reason(error)}); choose another folder") from None
 
 
 def read_export(folder):
-    """What `export` wrote, as the content of a checkpoint; Fault if it is not sound. The fingerprint protects against
-    damage, not against malice."""
+    """What `export` wrote, as the content of a checkpoint; Fault if it is damaged. Its fingerprint is no protection
+    against malice."""
+    load_file = import_safetensors().torch.load_file
     try:
-        from safetensors.torch import load_file
         config, tokenizer = (json.loads(read_file(folder / name, 2**26)) for name in EXPORT[1:])
         config["data"]["tokenizer"] = tokenizer
         if not (folder / EXPORT[0]).is_file():          # a pipe would be waited for
             raise ValueError(f"{EXPORT[0]} is no regular file")
         content = {**config, "ema": load_file(folder / EXPORT[0])}
-    except ImportError:
-        raise UserError(f"{folder} is read with safetensors; pip install safetensors") from None
     except Exception as error:                          # of json, of files, of safetensors
         raise Fault(f"{folder} is not a sound export ({reason(error)})") from None
     if content.get("format") != FORMAT or content.get("fingerprint") != fingerprint(content["ema"]):
@@ -328,8 +317,8 @@ def read_export(folder):
 
 
 def download(name, *files, may_fetch=True):
-    """A folder with these files of user/name on the Hugging Face hub, fetched once; without the hub, or unless
-    may_fetch, what was fetched before. Fault if they cannot be had."""
+    """A folder with these files of user/name on the Hugging Face hub, fetched once; unless may_fetch, or without the
+    hub, what was fetched before. Fault if there is nothing."""
     from huggingface_hub import HfApi, snapshot_download
     why = None if may_fetch else f"not there yet; fetch it with --checkpoint=hf:{name}, if you trust it"
     try:
@@ -344,20 +333,19 @@ def download(name, *files, may_fetch=True):
 
 
 def gpt2_vectors(path, vocab_size):
-    """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance: of a safetensors file with wte.weight, or, for no
-    path, of the public checkpoint, fetched once. UserError if they cannot be had or are for another vocabulary."""
+    """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance, out of a safetensors file; without a path, of the
+    public checkpoint, fetched once. UserError if they cannot be had or are for another vocabulary."""
+    safe_open = import_safetensors().safe_open
     try:
-        from safetensors import safe_open
         path = path or Path(download("openai-community/gpt2", "model.safetensors"), "model.safetensors")
         with safe_open(path, "pt") as file:
-            name = next(name for name in file.keys() if name.endswith("wte.weight"))
-            table = file.get_tensor(name).float()
-    except ImportError:
-        raise UserError("prompt_table=gpt2 is read with safetensors; pip install safetensors") from None
+            names = [name for name in file.keys() if name.endswith("wte.weight")]
+            if not names:
+                raise ValueError("no tensor wte.weight")
+            table = file.get_tensor(names[0]).float()
     except Exception as error:                          # of the hub, of files, of safetensors
-        why = "no tensor wte.weight" if isinstance(error, StopIteration) else reason(error)
-        raise UserError(f"GPT-2's vectors{f' ({path})' if path else ''}: {why}; name a copy of openai-community/gpt2's "
-                        "model.safetensors with --prompt_file") from None
+        raise UserError(f"GPT-2's vectors ({path or 'of the hub'}): {reason(error)}; name a copy of "
+                        "openai-community/gpt2's model.safetensors with --prompt_file") from None
     if table.shape != (vocab_size, GPT2_DIM):
         raise UserError(f"GPT-2's vectors are {tuple(table.shape)}, and this text needs {(vocab_size, GPT2_DIM)}; "
                         "prepare the text with --tokenizer=gpt2, or use --prompt_table=learned")

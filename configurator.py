@@ -9,6 +9,7 @@ Config files hold `name = value` lines and are read, never run. A mistake ends t
 a fault with exit code 1.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -26,16 +27,15 @@ from pathlib import Path
 KINDS = {int: "a whole number, like 100_000 or 1e5", float: "a finite number, like 0.1 or 3e-4", bool: "true or false",
          str: "text in quotes"}
 HINTS = {"lr": "learning_rate", "max_new_tokens": "seq_len", "max_tokens": "seq_len", "length": "seq_len",
-         "max_length": "seq_len", "n": "num_samples", "num_steps": "steps", "model": "checkpoint", "data": "dataset",
-         "max_iters": "max_steps", "iters": "max_steps", "epochs": "max_steps", "context_length": "block_size",
-         "cfg_scale": "guidance_scale", "output": "out_dir", "output_dir": "out_dir"}   # what others call it
+         "max_length": "seq_len", "n": "num_samples", "model": "checkpoint", "iters": "max_steps",
+         "epochs": "max_steps", "context_length": "block_size", "output": "out_dir"}    # what others call it
 CUTS = {"top_k", "top_p", "greedy", "do_sample"}                # ways to cut off unlikely tokens; there are none here
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Pow: math.pow}    # 9 ** 9 ** 9 overflows at once as floats
 
 
 def say_interrupted(kind, error, trace):
-    """In the place of a traceback, when Ctrl-C comes while libraries are being imported."""
+    """One line instead of a traceback when Ctrl-C comes while libraries are being imported."""
     if issubclass(kind, KeyboardInterrupt):
         print("error: interrupted", file=sys.stderr)
     else:
@@ -71,8 +71,8 @@ def run(main, Config):
 
 
 def say_error(error, code):
-    """Print an error in one line; returns the code. Under torchrun the first process of a machine speaks, before the
-    others repeat it: torchrun ends them as soon as one process has ended."""
+    """Print an error in one line; returns the code. Under torchrun the first process of a machine is the first to end,
+    and then torchrun ends the others."""
     if int(os.environ.get("LOCAL_RANK", "0")):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
@@ -81,40 +81,52 @@ def say_error(error, code):
 
 
 def read_file(path, most=2**30):
-    """The bytes of a file; UserError for one that cannot be read, has more than `most` bytes or is no regular file: a
-    pipe would be waited for without end."""
+    """The bytes of a regular file, at most so many (reading a pipe would never end); else UserError."""
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        size = os.path.getsize(path)
+        if not os.path.isfile(path):
             raise UserError(f"{path} is no regular file; name another")
-        if (size := os.path.getsize(path)) > most:
+        if size > most:
             raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; name another")
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:              # ValueError: a NUL in the name
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A file to be written in the place of `path`: a crash leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def check_fields(where, content, **fields):
-    """Raise UserError, which names place, field and value, unless `content` is a dict that holds each of the fields: of
-    a kind, or of (kind, lowest, highest). A whole number is a float too."""
+    """Raise UserError unless `content` is a dict with each of these fields, of a type or (type, lowest, highest)."""
     if type(content) is not dict:
         raise UserError(f"{where} holds {shorten(content)} where names and values should be")
     for name, rule in fields.items():
         kind, *limits = rule if type(rule) is tuple else (rule,)
         value = content.get(name)
-        fits = isinstance(value, (kind, int) if kind is float else kind) and (type(value) is bool) == (kind is bool)
+        fits = isinstance(value, (int, float) if kind is float else kind) and (type(value) is bool) == (kind is bool)
         if not fits or limits and not limits[0] <= value <= limits[1]:
             span = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
             raise UserError(f"{where}: {name} is {shorten(value)}, and should be {kind.__name__}{span}")
 
 
 def shorten(value):
-    """What is read from outside, as it may stand in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    """The repr of a value, cut for a message."""
+    return printable(repr(value), 60)
 
 
 def printable(text, most=300):
-    """Text in one line of at most so many characters, without what a terminal may take for orders."""
+    """Text in one line of at most so many characters, without control characters."""
     text = "".join(char if char.isprintable() else " " for char in text)
     return text if len(text) <= most else f"{text[:most - 3]}..."
 
@@ -133,24 +145,21 @@ def one_of(cfg, name, *choices):
 
 
 def load(Config, argv=None):
-    """An instance of the dataclass `Config` from its defaults, the config files and the command line, in this order.
+    """An instance of the dataclass `Config` from its defaults, the config files and the command line.
 
-    Its method `check`, if there is one, may raise UserError. The names of the settings that were given are kept as a
-    frozenset, `given`.
+    Calls its method `check`, if there is one. The names of the settings that were given are kept in a set, `given`.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    hints = typing.get_type_hints(Config)
-    kinds = {field.name: hints[field.name] for field in dataclasses.fields(Config)}
+    argv = sys.argv[1:] if argv is None else argv
+    kinds = typing.get_type_hints(Config)
     assert set(kinds.values()) <= set(KINDS), f"a setting is int, float, bool or str: {kinds}"
     if "-h" in argv or "--help" in argv:
         print(help_text(Config))
         raise SystemExit(0)
-    files, pairs = split_args(argv, kinds)
+    files, from_argv = read_args(argv, kinds)
     settings = {}
     for path in files:
         settings.update(read_config(path, kinds))
-    for name, text in pairs:
-        settings[name] = convert(name, text, kinds[name], "--")
+    settings.update(from_argv)
     cfg = Config(**settings)
     object.__setattr__(cfg, "given", frozenset(settings))           # the dataclass is frozen, and this is no setting
     if hasattr(cfg, "check"):
@@ -160,15 +169,13 @@ def load(Config, argv=None):
 
 def describe(cfg):
     """The settings that differ from their defaults, in one line."""
-    fields = dataclasses.fields(cfg)
-    values = {field.name: getattr(cfg, field.name) for field in fields if getattr(cfg, field.name) != field.default}
-    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items()) or "all settings at default"
+    changed = [(name, value) for name, value in dataclasses.asdict(cfg).items() if value != getattr(type(cfg), name)]
+    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in changed) or "all settings at default"
 
 
-def split_args(argv, kinds):
-    """Config files and (name, text) pairs, each in the order given; knows `--key=value`, `--key value` and a bare
-    `--flag`."""
-    files, pairs = [], []
+def read_args(argv, kinds):
+    """(config files, settings) of a command line with `--key=value`, `--key value` and bare `--flag`."""
+    files, settings = [], {}
     args = list(argv)
     while args:
         arg = args.pop(0)
@@ -179,45 +186,42 @@ def split_args(argv, kinds):
         if not arg.startswith("--") or name not in kinds:
             raise unknown(arg.lstrip("-").split("=")[0], kinds, arg)
         if not equals:
-            text = next_value(arg, args, kinds, kinds[name])
-        pairs.append((name, text))
-    return files, pairs
+            text = next_value(name, args, kinds)
+        settings[name] = convert(name, text, kinds[name], "--")
+    return files, settings
 
 
-def next_value(arg, args, kinds, kind):
-    """The value of `--key value`, taken from args; a bare flag is true."""
+def next_value(name, args, kinds):
+    """The value of `--name value`, taken from args; a bare flag is true."""
     is_value = args and not (args[0].startswith("--") and args[0][2:].split("=")[0] in kinds)
-    if kind is bool:
-        return args.pop(0) if is_value and args[0].lower() in ("true", "false") else "true"
+    if kinds[name] is bool and not (is_value and args[0].lower() in ("true", "false")):
+        return "true"
     if not is_value:
-        raise UserError(f"{arg} needs a value: {arg}=...")
+        raise UserError(f"--{name} needs a value: --{name}=...")
     return args.pop(0)
 
 
 def read_config(path, kinds):
-    """The settings of one config file as a dict; the file is parsed, never run."""
+    """The settings in a config file, as a dict."""
     try:
         source = read_file(path, 2**20)
     except UserError as error:
         known = " ".join(sorted(map(str, Path("config").glob("*.py"))))
         hint = f"there are {known}" if known else "see --help"
-        hint = f"text is given as --prompt={shlex.quote(path)}" if "prompt" in kinds and " " in path else hint
+        if "prompt" in kinds and " " in path:
+            hint = f"text is given as --prompt={shlex.quote(path)}"
         raise UserError(f"{error}; {hint}") from None
     try:
         lines = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:     # NUL bytes; signs without end
         line, what = getattr(error, "lineno", 1), getattr(error, "msg", error)
         raise UserError(f"{path}:{line}: {what}; a config file holds lines of name = value") from None
-    settings = {}
-    for line in lines:
-        if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)):           # not a docstring
-            name, value = read_line(line, f"{path}:{line.lineno}: ", kinds)
-            settings[name] = value
-    return settings
+    lines = [line for line in lines if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+    return dict(read_line(line, f"{path}:{line.lineno}: ", kinds) for line in lines)            # without docstrings
 
 
 def read_line(line, where, kinds):
-    """(name, value) of one line of a config file; `where` opens the message of the UserError."""
+    """(name, value) of one line of a config file; `where` opens the error's message."""
     if not (isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name)):
         text = ast.unparse(line).splitlines()[0]
         raise UserError(f"{where}{text}: a config file is never run; write lines of name = value")
@@ -251,7 +255,7 @@ def evaluate(node):
 
 
 def convert(name, text, kind, where):
-    """`text` as a value of type `kind`; `where` opens the message: "--", or a file and its line."""
+    """`text` as a value of type `kind`; `where` opens the error's message."""
     if kind is str:
         return text
     if kind is bool and text.lower() in ("true", "false"):
@@ -270,22 +274,25 @@ def convert(name, text, kind, where):
 def unknown(name, kinds, what):
     """The UserError for a name that is not a setting, with the nearest one."""
     plain = name.lower().replace("-", "_")
-    close = [HINTS[plain]] if HINTS.get(plain) in kinds else []
-    close = close or difflib.get_close_matches(plain, kinds, 1, cutoff=0.6)
+    known = HINTS.get(plain)
+    close = [known] if known in kinds else difflib.get_close_matches(plain, kinds, 1)
     hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-    hint = "a lower --temperature is what keeps a text safe here" if plain in CUTS and "temperature" in kinds else hint
+    if plain in CUTS and "temperature" in kinds:
+        hint = "a lower --temperature is what keeps a text safe here"
     return UserError(f"{what[:200]} is not a setting; {hint}")
 
 
 def help_text(Config):
     """The first paragraph of the script's docstring, then every setting with its default and its comment."""
     comments = {}
-    for base in Config.__mro__[-2::-1]:             # not object, which comes last and has no source
+    for base in Config.__mro__[-2::-1]:             # without object, which has no source
         line = r"""^\s+(\w+)\s*:\s*\w+\s*=(?:"[^"\n]*"|'[^'\n]*'|[^#"'\n])*#\s*(.*)$"""
         comments.update(re.findall(line, inspect.getsource(base), re.MULTILINE))
-    fields = dataclasses.fields(Config)
-    rows = [f"  --{field.name}={shlex.quote(str(field.default)) if field.default != '' else ''}" for field in fields]
+    rows = {}
+    for field in dataclasses.fields(Config):
+        default = shlex.quote(str(field.default)) if field.default != "" else ""
+        rows[f"  --{field.name}={default}"] = comments.get(field.name, "")
     width = max(map(len, rows)) + 3
-    table = [f"{row:{width}}{comments.get(f.name, '')}".rstrip() for row, f in zip(rows, fields, strict=True)]
     about = inspect.cleandoc(sys.modules[Config.__module__].__doc__ or "").split("\n\n")[0]
-    return "\n".join([about, "", "settings (config files override these, --name=value overrides both):", *table])
+    return "\n".join([about, "", "settings (config files override these, --name=value overrides both):",
+                      *(f"{row:{width}}{comment}".rstrip() for row, comment in rows.items())])

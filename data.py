@@ -2,8 +2,8 @@
 Shards of tokens, the meta files that describe them, tokenizers, and the batches of a training step.
 
 A shard is 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16, little-endian: the format of
-llm.c and modded-nanogpt. A shard of examples has version 2: 256 int32 (20240520, 2, number of tokens, number of
-examples, zeros), two int32 an example, the lengths of its instruction and its response, then the tokens.
+llm.c and modded-nanogpt. In a shard of examples the header is (20240520, 2, number of tokens, number of examples,
+zeros), and the lengths of each instruction and response, two int32, stand before the tokens.
 """
 import base64
 import errno
@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 import diffusion
-from configurator import Fault, UserError, check_fields, printable, read_file
+from configurator import Fault, UserError, check_fields, printable, read_file, replacing
 from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
-BELL = 0.6                                  # noise levels: sigmoid(BELL * logit(u)) of uniform u; 1 is uniform
+BELL = 0.6                                  # noise levels are sigmoid(BELL * logit(u)), u uniform
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
-HUB = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
-EMBEDDED = ("fables", "pydoc")             # sources that need no network
+HUB = ("fineweb", "fineweb-edu")            # data sets of HuggingFaceFW
+EMBEDDED = ("fables", "pydoc")              # sources that need no network
 OFFLINE = "go offline: python prepare_fineweb.py --source=fables"
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
 META = {"label": str, "licence": str, "kind": str, "tokenizer": dict, "vocab_size": (int, 2, 2**16), "shards": list,
@@ -36,22 +36,17 @@ SHARD = {"name": str, "tokens": (int, 1, 1e15), "bytes": (int, 1, 1e15), "blake2
 
 
 def write_file(path, *pieces):
-    """Replace `path` by these bytes in one step: a crash leaves the old file or the new one. Fault on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Replace `path` by these bytes, whole or not at all; Fault if that fails."""
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Fault(f"cannot write {path} ({sum(map(len, pieces)):,} bytes): {error.strerror}; "
                     "mend that and run the same command again to go on") from None
 
 
 def write_shard(path, tokens, lengths=()):
-    """Write tokens (n,), of examples if they have `lengths` (m, 2), as a shard; returns its entry for meta.json."""
+    """Write tokens (n,), of examples with `lengths` (m, 2) if any, as a shard; returns its entry for meta.json."""
     version = EXAMPLES if len(lengths) else TEXT
     header = np.array([MAGIC, version, len(tokens), len(lengths)], "<i4").tobytes().ljust(HEADER_BYTES, b"\0")
     table = np.asarray(lengths, "<i4").tobytes()
@@ -63,20 +58,21 @@ def write_shard(path, tokens, lengths=()):
 
 
 def read_shard(path):
-    """The tokens (n,) of a shard, a read-only memory map of uint16; UserError if the file is damaged."""
+    """The tokens (n,) of a shard, a read-only memory map of uint16."""
     return read_examples(path)[0]
 
 
 def read_examples(path):
-    """The tokens (n,) of a shard, and the lengths (m, 2) int64 of its instructions and responses, m = 0 for text."""
+    """The tokens (n,) of a shard, and the lengths (m, 2) int64 of its instructions and responses, m = 0 for text;
+    UserError if the file is damaged."""
     if not path.is_file():                              # a pipe would be waited for
         raise UserError(f"{path} is no regular file; prepare it again")
     size, header = os.path.getsize(path), np.fromfile(path, "<i4", 4)
     magic, version, n, m = np.pad(header, (0, 4 - len(header))).tolist()
     start = HEADER_BYTES + 8 * m * (version == EXAMPLES)
     if magic != MAGIC or version not in (TEXT, EXAMPLES) or n < 1 or m < 0 or size != start + 2 * n:
-        raise UserError(f"{path}: expected magic {MAGIC}, version 1 or 2, n tokens and {HEADER_BYTES} + 2 n bytes, "
-                        f"8 more an example, found {magic}, {version}, {n:,} and {size:,}; prepare it again")
+        raise UserError(f"{path}: expected magic {MAGIC}, version 1 or 2, n tokens and {start:,} + 2 n bytes, found "
+                        f"{magic}, {version}, {n:,} and {size:,}; prepare it again")
     lengths = np.fromfile(path, "<i4", (start - HEADER_BYTES) // 4, offset=HEADER_BYTES).reshape(-1, 2).astype(np.int64)
     if version == EXAMPLES and (m < 1 or lengths.min() < 1 or lengths.sum() != n):
         raise UserError(f"{path}: its examples should have {n:,} tokens, but have {lengths.sum():,}; prepare it again")
@@ -84,7 +80,7 @@ def read_examples(path):
 
 
 def find_shards(folder, split):
-    """The sorted paths of the shards of "train" or "val" in `folder`; UserError if there are none."""
+    """The sorted paths of the shards of a split, "train" or "val"; UserError if there are none."""
     paths = sorted(Path(folder).glob(f"*{split}*.bin"))
     if not paths:
         raise UserError(f"no {split} shards in {folder}; prepare text without --val_fraction=0, in a new folder: "
@@ -93,7 +89,7 @@ def find_shards(folder, split):
 
 
 def read_parts(folder):
-    """{path: contents} of the meta files in `folder`, one for each part; UserError if one is damaged."""
+    """{path: contents} of the meta files in `folder`; UserError if one is damaged."""
     parts = {}
     for path in sorted(Path(folder).glob("meta*.json")):
         try:
@@ -103,20 +99,19 @@ def read_parts(folder):
                 check_fields(f"{path}, shards", shard, **SHARD)
         except (UserError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare it again") from None
-        parts[path] = {**part, "label": printable(part["label"]), "licence": printable(part["licence"])}
+        parts[path] = part | {name: printable(part[name]) for name in ("label", "licence")}
     return parts
 
 
 def read_meta(folder):
-    """The keys of META, a fingerprint and more of all parts together; UserError if a shard or a part is missing."""
+    """The meta files of all parts as one, with a fingerprint; UserError if a shard or a part is missing."""
     parts = read_parts(folder)
     for path, part in parts.items():
-        faults = [] if part["finished"] else ["it is not finished"]
-        names = [shard["name"] for shard in part["shards"]]
-        faults += [f"{name} is missing" for name in names if not path.with_name(name).exists()]
-        if faults:
-            raise UserError(f"{path}: {faults[0]}; run its prepare command again")
-    meta, *others = list(parts.values()) or [describe_public_shards(folder)]
+        missing = [shard["name"] for shard in part["shards"] if not path.with_name(shard["name"]).exists()]
+        if missing or not part["finished"]:
+            fault = f"{missing[0]} is missing" if missing else "it is not finished"
+            raise UserError(f"{path}: {fault}; run its prepare command again")
+    meta, *others = parts.values() or [describe_public_shards(folder)]
     for other in others:
         for key in ("shards", *COUNTS):
             meta[key] += other[key]
@@ -125,32 +120,32 @@ def read_meta(folder):
 
 def describe_public_shards(folder):
     """The meta of shards that others made with GPT-2's tokenizer; a few of their tokens tell them apart."""
-    shards = [(path, read_shard(path)) for path in find_shards(folder, "train")]
-    shards = [(path.name, len(tokens), int(tokens[0]), int(tokens[-1])) for path, tokens in shards]
+    shards = []
+    for path in find_shards(folder, "train"):
+        tokens = read_shard(path)
+        shards.append((path.name, len(tokens), int(tokens[0]), int(tokens[-1])))
     return {"source": str(folder), "label": f"shards in {folder}", "licence": "unknown", "kind": "text",
             "tokenizer": {"name": "gpt2"}, "vocab_size": 50257, "train_tokens": sum(shard[1] for shard in shards),
             "shards": shards}
 
 
 def fingerprint_shards(tokenizer, shards):
-    """A hash of a tokenizer and of the entries of the shards, 32 hexadecimal digits."""
+    """A hash of a tokenizer and of the entries of shards, 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps([tokenizer, shards], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def find_dataset(names, root="data"):
-    """The first folder of `names` ("fineweb,fables": in `root`, or paths) with finished shards.
-
-    If there is none: None if an embedded corpus is among the names, which the caller may prepare, else UserError."""
+    """The first folder of `names` ("fineweb,fables": in `root`, or paths) with finished shards. If there is none: None
+    if an embedded corpus, which the caller may prepare, is among the names, else UserError."""
     items = [item.strip() for item in names.split(",")]
     for item in items:
         for folder in (Path(root, item), Path(item)):
             if any(folder.glob("*train*.bin")) and all(part["finished"] for part in read_parts(folder).values()):
                 return folder
-    if not set(items).isdisjoint(EMBEDDED):
+    if {*items} & {*EMBEDDED}:
         return None
     source = items[0] if items[0] in HUB else f"FILE --out={Path(root, items[0])}"
-    command = f"python prepare_fineweb.py --source={source}"
-    raise UserError(f"no data for {names} in {root}/; run {command}, or {OFFLINE}")
+    raise UserError(f"no data for {names} in {root}/; run python prepare_fineweb.py --source={source}, or {OFFLINE}")
 
 
 def get_tokenizer(spec):
@@ -160,38 +155,38 @@ def get_tokenizer(spec):
         if spec["name"] == "gpt2":
             return tiktoken.get_encoding("gpt2")
         ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(spec["tokens"])}
-        valid = spec["name"] == "corpus" and spec["pattern"] == PATTERN and len(ranks) == len(spec["tokens"]) < 2**16
+        is_ours = spec["name"] == "corpus" and spec["pattern"] == PATTERN and len(ranks) == len(spec["tokens"]) < 2**16
+        if not is_ours or list(ranks)[:256] != [bytes([i]) for i in range(256)]:        # tiktoken panics on any other
+            raise ValueError
     except OSError as error:                            # requests raises no other
         raise UserError(f"cannot download GPT-2's vocab.bpe and encoder.json ({type(error).__name__}); set "
                         "TIKTOKEN_CACHE_DIR to a folder that has them, or prepare with --tokenizer=corpus") from None
     except (KeyError, TypeError, ValueError):
-        valid = False
-    if not valid or list(ranks)[:256] != [bytes([i]) for i in range(256)]:      # tiktoken panics on any other
-        raise UserError("the tokenizer is damaged or not one of ours; prepare its text with --tokenizer=corpus again")
+        raise UserError("the tokenizer is damaged or not one of ours; prepare its text again") from None
     return tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
 def encode(tokenizer, text):
-    """End of text, then the tokens of `text`: (n,) uint16. Special tokens that `text` spells out are ordinary text."""
-    # cut before a word, which leaves the tokens alone: tiktoken overflows its stack on a million newlines at once
+    """End of text, then the tokens of `text`, in which special tokens are ordinary text: (n,) uint16."""
+    # cut before a word, as no token crosses it: tiktoken overflows its stack on a million newlines at once
     pieces = re.findall(r"(?s).{1,50000}(?= \S|\Z)|.{1,50000}", text)
     tokens = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
     return np.concatenate([[tokenizer.eot_token], *tokens], dtype=np.uint16, casting="unsafe")
 
 
 def format_instruction(instruction, context=""):
-    """An instruction, with the text it is about, as it stands before the response."""
+    """An instruction, with the text it is about, as it stands before a response."""
     return "\n".join(part.strip() for part in (instruction, context) if part.strip()) + "\n\nAnswer:"
 
 
 def cut_at_eot(ids, eot):
-    """The list of token ids up to the first `eot`."""
+    """Token ids up to the first `eot`."""
     return ids[:ids.index(eot)] if eot in ids else ids
 
 
 def first_document(ids, eot):
-    """The list of token ids of the first document, without the `eot` before and behind it."""
+    """Token ids of the first document, without the `eot` before and behind it."""
     return cut_at_eot(ids[ids[:1] == [eot]:], eot)
 
 
@@ -202,7 +197,7 @@ def lock(path):
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no regular file; remove it, or choose another folder")
         file = open(path, "a+", encoding="utf-8")
-        if os.name == "posix":                          # elsewhere nothing guards the folder
+        if os.name == "posix":                          # there are no locks elsewhere
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(file.fileno()).st_nlink:    # its owner removed it after we had opened it
@@ -225,25 +220,25 @@ class Texts(NamedTuple):
 
 
 class Dataset:
-    """Windows of T tokens over the shards of a split, each with the P tokens before it; or, of shards of instructions,
-    examples: up to T / 2 tokens of the instruction, the rest of it before the window, then the response, cut at T.
+    """The windows of T tokens in the shards of a split, each with the P tokens before it; or the examples in shards of
+    instructions: at most T / 2 tokens of the instruction, the rest of it before the window, then the response, cut at
+    T. Instructions of more than T / 2 + P tokens are left out; UserError if nothing is left.
 
-    An instruction of more than T / 2 + P tokens is left out. UserError if nothing is left. A share `align` of the
-    windows is moved on to where the next document begins, and has no tokens before it.
+    A share `align` of the windows is moved on to where the next document begins, with no tokens before it.
     """
 
     def __init__(self, folder, split, cfg, vocab_size, align=0.0):
         self.paths, self.vocab_size = find_shards(folder, split), vocab_size
         self.T, self.P = cfg.block_size, cfg.prompt_size
+        self.align = align
         self.shards, lengths = zip(*map(read_examples, self.paths), strict=True)
         self.is_examples = any(map(len, lengths))
         rows = [self.place(part) for part in lengths]
         self.rows = np.concatenate(rows)                    # of examples
         counts = map(len, rows) if self.is_examples else (len(shard) // self.T for shard in self.shards)
         self.ends = np.cumsum(list(counts))
-        self.align = align
-        self.begins = [np.flatnonzero(shard[:len(shard) - self.T + 1] == vocab_size - 1) if align else shard[:0]
-                       for shard in self.shards]            # of documents, at their end-of-text
+        self.begins = [np.flatnonzero(shard[:len(shard) - self.T + 1] == vocab_size - 1) if align else []
+                       for shard in self.shards]            # of documents, at their end of text
         if self.ends[-1] == 0:
             raise UserError(f"{folder}: no {split} shard holds a window of block_size={self.T} tokens, or an example "
                             f"with up to {self.T // 2 + self.P} tokens of instruction; prepare more, or change "
@@ -253,8 +248,8 @@ class Dataset:
         return int(self.ends[-1])
 
     def place(self, lengths):
-        """Of examples with these lengths (n, 2), those that fit (m, 4): the token where each begins, where its window
-        begins, and how many tokens in the window are given and are there at all."""
+        """Of examples of these lengths (n, 2) those that fit, in four columns: where the example and where its window
+        begins, and how many tokens of the window are given and exist."""
         start = lengths.sum(1).cumsum() - lengths.sum(1)
         given = np.minimum(lengths[:, 0], self.T // 2)
         end = np.minimum(given + lengths[:, 1], self.T)
@@ -262,7 +257,7 @@ class Dataset:
         return rows[lengths[:, 0] <= self.T // 2 + self.P]
 
     def locate(self, i):
-        """The shard of windows or examples i (n,), and the four columns of `place`: five of (n,)."""
+        """The shards of windows or examples i (n,), and the columns of `place`: five of (n,)."""
         shard = np.searchsorted(self.ends, i, side="right")
         if self.is_examples:
             return shard, *self.rows[i].T
@@ -275,7 +270,7 @@ class Dataset:
         return shard, start, window, 0 * i, 0 * i + self.T
 
     def read(self, i):
-        """The Texts of windows or examples i (n,), and how many tokens at the beginning of each are given (n,)."""
+        """The Texts of windows or examples i (n,), and how many of their first tokens are given (n,)."""
         shard, start, window, given, end = self.locate(np.asarray(i))
         pos = np.arange(-self.P, self.T)
         places = window[:, None] + pos
@@ -293,11 +288,11 @@ class Dataset:
         return Texts(*map(torch.from_numpy, texts)), torch.from_numpy(given)
 
     def spread(self, n):
-        """The Texts of n windows or examples spread evenly over the split, with repetition if it is smaller."""
+        """The Texts of n windows or examples spread evenly over the split, repeated if it has fewer."""
         return self.read(np.arange(n) * len(self) // n)[0]
 
     def log_unigram(self, tokens=20_000_000):
-        """log frequency of every id among the first tokens of each shard: (vocab_size,) float32."""
+        """Log frequency of every id in the first tokens of each shard: (vocab_size,) float32."""
         count = np.full(self.vocab_size, 0.5)
         for shard in self.shards:
             ids = shard[:tokens // len(self.shards)]
@@ -305,7 +300,7 @@ class Dataset:
         return torch.from_numpy(np.log(count / count.sum())).float()
 
 
-# ---- batches: all that is random is drawn for a whole optimizer step at once, from (seed, step, purpose) ----
+# ---- batches: random numbers are drawn for a whole optimizer step at once, from (seed, step, purpose) ----
 
 class Batch(NamedTuple):
     idx: torch.Tensor              # (B, T) int64 token ids
@@ -315,20 +310,20 @@ class Batch(NamedTuple):
     prompt: torch.Tensor           # (B, P) int64 token ids before the text, at the right end
     prompt_mask: torch.Tensor      # (B, P) True where the network may see them
     loss_mask: torch.Tensor        # (B, T) True where a token has a loss
-    guess: bool                    # whether the network first makes a guess of x_0 and reads it (self-conditioning)
-    step_tokens: int               # tokens with a loss in the whole optimizer step, of all processes
+    guess: bool                    # whether the network reads its own first guess of x_0 (self-conditioning)
+    step_tokens: int               # tokens with a loss in the whole optimizer step
 
 
 def scramble(x):
-    """A random-looking uint64 for each uint64 in x (...): the finaliser of splitmix64 (Steele et al. 2014)."""
+    """A hash of each uint64 in x (...): the finaliser of splitmix64 (Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute(i, n, key):
-    """The places of i (m,) in random orders of 0 .. n - 1, one for each key (m,) uint64: a Feistel network over the
-    next power of four, repeated for what falls out of range (Black & Rogaway 2002)."""
+    """The places of i (m,) in random orders of 0 .. n - 1, one for each key (m,): a Feistel network over the next power
+    of four, repeated for what falls out of range (Black & Rogaway 2002)."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     i = np.asarray(i, np.uint64)
@@ -344,7 +339,7 @@ def permute(i, n, key):
 
 
 def window_numbers(cfg, n, step):
-    """The windows (S,) int64 of a step, out of n: each epoch visits all of them once, in an order of its own."""
+    """The windows (S,) of a step, out of n: each epoch visits all once, in an order of its own."""
     epoch, place = np.divmod(step * cfg.step_sequences + np.arange(cfg.step_sequences), n)
     key = scramble(epoch.astype(np.uint64) + np.uint64(diffusion.hash64(cfg.seed, "epoch")))
     return permute(place, n, key)
@@ -371,11 +366,9 @@ def choose_given(S, T, rng):
 
 
 def choose_blocks(cfg, free, rng):
-    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T).
-
-    A share p_single is written token by token, p_window at once, the others in blocks of 2, 4 ... max_block_length, a
-    share p_strided of them strided. A share p_given of all sequences has given tokens.
-    """
+    """(order (S, T), block_length (S, 1)) of sequences that are written where free (S, T): a share p_single token by
+    token, p_window at once, the others in blocks of 2, 4 ... max_block_length, p_strided of these strided. A share
+    p_given of all has given tokens."""
     S, T = free.shape
     powers = 2 ** torch.arange(1, max(2, cfg.max_block_length.bit_length()))
     kind, size = stratified_uniform(S, rng), torch.randint(len(powers), (S, 1), generator=rng)
@@ -389,8 +382,8 @@ def choose_blocks(cfg, free, rng):
 def noise_levels(cfg, order, length, rng):
     """The diffusion index of each token, one for a block, stratified over the sequences: (S, T) in 1 .. timesteps.
 
-    Those in the middle, where tokens are decided, come more often. A token in a block of one gets the highest, at which
-    it is decided in one step. For objective eps all levels are equally frequent.
+    Levels in the middle, where tokens are decided, come more often, and a token in a block of one gets the highest. For
+    objective eps all are equally frequent.
     """
     single = (length == 1) & (order >= 0)                   # given tokens are denoised together, before all others
     u = diffusion.golden_offset(stratified_uniform(len(order), rng).double(), order)
@@ -400,10 +393,8 @@ def noise_levels(cfg, order, length, rng):
 
 
 def choose_prompts(cfg, prompt_mask, is_examples, rng):
-    """(which tokens of the prompts are seen (S, P), which prompts are withheld (S, 1), a share conditioning_dropout).
-
-    The network sees a random number of the last tokens, or a whole instruction.
-    """
+    """(tokens of the prompts that are seen (S, P): a random number of the last ones, or a whole instruction; prompts
+    that are withheld (S, 1): a share conditioning_dropout)."""
     S, P = prompt_mask.shape
     withheld = torch.rand(S, 1, generator=rng) < cfg.conditioning_dropout
     seen = 1 + (torch.rand(S, 1, generator=rng) * P).long()
@@ -412,10 +403,8 @@ def choose_prompts(cfg, prompt_mask, is_examples, rng):
 
 
 def step_batches(cfg, data, step, micro_batches, device):
-    """Yield the Batches of one optimizer step; micro_batches is a list of ranges of sequence numbers.
-
-    Sequence i of a step is the same for any number of processes and any batch size.
-    """
+    """Yield the Batches of one optimizer step, one for each range of sequence numbers in micro_batches. Sequence i of a
+    step is the same for any number of processes and any batch size."""
     def rng(purpose, device="cpu"):
         return diffusion.generator(device, cfg.seed, step, purpose)
     texts, given = data.read(window_numbers(cfg, len(data), step))

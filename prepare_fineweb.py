@@ -7,9 +7,9 @@ Turn text into shards of tokens, once: FineWeb by streaming, your own files, or 
     python prepare_fineweb.py --subset=default --part=0/64      # the first of 64 processes or machines
 
 End of text stands before each document. Records with instruction, optional input, and output (or prompt and response)
-are examples: end of text opens the instruction and closes the response. So are chats, "messages" with role and content,
-the last of which is the response. meta.json (meta_p000.json for part 0) is replaced after each training shard; a killed
-run goes on from it, to the same result. data.py describes the shards.
+are examples, and so are chats, "messages" with role and content, the last of which is the response: end of text opens
+the instruction and closes the response. meta.json (meta_p000.json for part 0) is replaced after each training shard; a
+killed run goes on from it, to the same result. data.py describes the shards.
 """
 import ast
 import base64
@@ -43,14 +43,14 @@ from data import (COUNTS, EMBEDDED, HUB, OFFLINE, PATTERN, encode, fingerprint_s
 FABLES = 100_000                         # stories of the embedded corpus, 7M tokens
 RECORDS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "response"))
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
-LONGEST = 2**26                          # characters of a line, or of a text file that are read at a time
+LONGEST = 2**26                          # characters of a line, or of a text file, that are read at a time
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = "fineweb"          # fineweb, fineweb-edu, fables, pydoc, or a file, folder or glob
-    tokenizer: str = ""              # gpt2; corpus: trained on it; a folder: its own; "": gpt2, corpus if offline
+    tokenizer: str = ""              # gpt2; corpus: trained on it; a folder: its own; "": gpt2, corpus if embedded
     vocab_size: int = 4096           # ids of a corpus tokenizer
     max_tokens: str = "1B"           # training tokens at most, like 100M or 2B; 0: all
     part: str = "0/1"                # i/n: every n-th file, or document if files are few, from the i-th on
@@ -74,7 +74,7 @@ class Config:
 
 def parse_count(text):
     """100_000_000 for "100M"."""
-    match = re.fullmatch(r"(\d[\d_]{,20}(?:\.\d+)?(?:e\d\d?)?)([kMB]?)", text)
+    match = re.fullmatch(r"((?:\d_?){,20}\d(?:\.\d+)?(?:e\d\d?)?)([kMB]?)", text)
     if not match:
         raise UserError(f"max_tokens={text} is not a number of tokens; write for example 50k, 100M, 2B, or 0 for all")
     return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[match[2]])
@@ -93,7 +93,7 @@ def main(cfg):
 
 
 def prepare(cfg):
-    """Write the shards and the meta file of a part, or what is missing of them; returns their folder."""
+    """Write what is missing of the shards and the meta file of a part; returns their folder."""
     i, n = parse_part(cfg.part)
     name = re.sub(r"[^\w-]+", "_", Path(cfg.source).name.split(".")[0]).strip("_") or "text"
     path = Path(cfg.out or f"data/{name}", "meta.json" if n == 1 else f"meta_p{i:03d}.json")
@@ -110,7 +110,7 @@ def prepare(cfg):
 
 
 def open_meta(cfg, path):
-    """The contents of the meta file, or what it begins with; UserError if its folder holds other shards."""
+    """The contents of the meta file, or of a new one; UserError if its folder holds other shards."""
     folder, parts = path.parent, read_parts(path.parent)
     recorded = next((part["settings"] for part in parts.values()), {})
     revision, documents = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
@@ -131,26 +131,27 @@ def open_meta(cfg, path):
 
 
 def read_tokenizer(kind):
-    """The spec of GPT-2's tokenizer, or of that in a folder of prepared text or of an exported network."""
+    """The spec of the tokenizer of GPT-2, or of a folder of prepared text or of an exported network."""
     if kind == "gpt2":
         return {"name": "gpt2"}
     file = Path(kind, "tokenizer.json")
-    specs = [part["tokenizer"] for part in read_parts(kind).values()]
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else specs[0]
-    except (ValueError, IndexError):
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        return next(iter(read_parts(kind).values()))["tokenizer"]
+    except (ValueError, StopIteration):
         raise UserError(f"tokenizer={kind} has no meta.json or tokenizer.json; name another folder") from None
 
 
 def new_meta(cfg, settings, spec, documents):
-    """What a meta file begins with; without a `spec`, the tokenizer is trained on the documents."""
+    """The contents of a new meta file; without a `spec` its tokenizer is trained on the documents."""
     first = next(documents, None)
     if first is None:
         raise UserError(f"no tokens in source={cfg.source}; give it text that is not blank")
     spec = spec or train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
     known = {"fables": ("very short stories out of a grammar, the embedded corpus", "MIT"),
              "pydoc": ("this Python's own documentation", "PSF-2.0"),
-             **{name: (f"{repo} {cfg.subset}", "ODC-By 1.0") for name, repo in HUB.items()}}
+             **{name: (f"HuggingFaceFW/{name} {cfg.subset}", "ODC-By 1.0") for name in HUB}}
     about, licence = known.get(cfg.source, ("text of your own", "yours"))
     name, revision = settings["source"], settings["revision"]
     return {"source": name, "label": f"{name}: {about} ({revision})", "revision": revision, "licence": licence,
@@ -167,7 +168,7 @@ class Encoded(NamedTuple):
 
 
 def write_part(cfg, meta, path):
-    """Write what is missing of a part; UserError if another process is at work on it."""
+    """Write what is missing of a part, unless another process is at work on it."""
     settings, lock_path = meta["settings"], path.with_suffix(".lock")
     goal = -(-settings["max_tokens"] // settings["parts"]) or sys.maxsize               # training tokens of this part
     write = write_shards if meta["kind"] == "text" else write_examples
@@ -184,11 +185,11 @@ def write_part(cfg, meta, path):
 
 
 def write_shards(encoded, meta, path, goal):
-    """Write a training shard whenever one is full, with the validation tokens up to there, and then `meta`."""
+    """Write a training shard whenever one is full, and the validation tokens up to there."""
     settings = meta["settings"]
     size = settings["shard_tokens"]
-    train, val = array("H"), array("H")                 # tokens that no shard has yet
-    start = meta["offset"]                              # where the last shard ends in the first document
+    train, val = array("H"), array("H")                 # tokens that are in no shard yet
+    start = meta["offset"]                              # where the last shard ended in this document
     for document in encoded:
         split = val if document.position < settings["val_fraction"] else train
         split.frombytes(document.tokens[start:].tobytes())
@@ -207,7 +208,7 @@ def write_shards(encoded, meta, path, goal):
 
 
 def balance(train, val, meta):
-    """Move the last training tokens to `val` if it has less than a twentieth of all tokens, and less than 8192."""
+    """Move the last training tokens to `val` if it has less than a twentieth of all tokens, and than 8192."""
     if not train and not meta["train_tokens"]:
         train, val = val, train
     total = len(train) + len(val) + meta["train_tokens"] + meta["val_tokens"]
@@ -217,7 +218,7 @@ def balance(train, val, meta):
 
 
 def write_examples(encoded, meta, path, goal):
-    """Write the examples of a part as one shard for each split, with at least 3 % for validation."""
+    """Write the examples of a part as one shard of each split, with at least 3 % for validation."""
     settings = meta["settings"]
     val_fraction = settings["val_fraction"] and max(settings["val_fraction"], 0.03)
     train, val = [], []
@@ -240,7 +241,7 @@ def write_examples(encoded, meta, path, goal):
 def save(path, meta, train, val, lengths=((), ())):
     """Write a shard of each split that has tokens, and then `meta`."""
     number = meta["train_tokens"] // meta["settings"]["shard_tokens"]
-    for split, tokens, rows in (("train", train, lengths[0]), ("val", val, lengths[1])):
+    for split, tokens, rows in zip(("train", "val"), (train, val), lengths, strict=True):
         if len(tokens):
             name = f"{path.stem.replace('meta', split)}_{number:06d}.bin"
             meta["shards"].append(write_shard(path.with_name(name), tokens, rows))
@@ -250,9 +251,9 @@ def save(path, meta, train, val, lengths=((), ())):
 
 
 def encode_all(documents, meta, workers, goal):
-    """Yield each document as Encoded, in order, by threads: tiktoken releases the GIL."""
+    """Yield each document as Encoded, in order; threads do it, as tiktoken releases the GIL."""
     encode_one = functools.partial(encode_document, get_tokenizer(meta["tokenizer"]), meta["kind"])
-    batches = iter(lambda: list(itertools.islice(documents, 16)), [])       # one at a time costs the threads more
+    batches = iter(lambda: list(itertools.islice(documents, 16)), [])       # faster than one at a time
     total = goal if meta["source"] in HUB and goal < sys.maxsize else None        # other sources end before
     with progress(total, meta["train_tokens"]) as bar, ThreadPoolExecutor(workers) as pool:
         tasks = (pool.submit(list, map(encode_one, batch)) for batch in batches)
@@ -275,16 +276,15 @@ def progress(total, done):
 
 
 def encode_document(tokenizer, kind, texts):
-    """Encode a document: end of text stands before the first text, and after the second, a response."""
+    """Encode a document; end of text stands before the first text, and behind the second, a response."""
     if len(texts) != (1 if kind == "text" else 2):
         raise UserError("there are records of text and of instructions in one source; prepare them apart")
-    # three bytes of a lone surrogate, which stands for a byte that was not UTF-8, become U+FFFD
-    pairs = [re.subn(b"\xed[\xa0-\xbf].", b"\xef\xbf\xbd", text.encode("utf-8", "surrogatepass")) for text in texts]
-    pieces = [encode(tokenizer, data.decode()) for data, _ in pairs]
+    texts, replaced = zip(*(re.subn("[\ud800-\udfff]", "\ufffd", text) for text in texts), strict=True)
+    pieces = [encode(tokenizer, text) for text in texts]
     pieces[1:] = [np.roll(piece, -1) for piece in pieces[1:]]
-    digest = hashlib.blake2b(pairs[0][0], digest_size=8).digest()           # the same in any order and part
+    digest = hashlib.blake2b(texts[0].encode(), digest_size=8).digest()     # the same in any order and part
     position = int.from_bytes(digest, "little") / 2**64
-    return Encoded(np.concatenate(pieces), [len(piece) for piece in pieces], position, sum(n for _, n in pairs))
+    return Encoded(np.concatenate(pieces), [len(piece) for piece in pieces], position, sum(replaced))
 
 
 def train_tokenizer(texts, vocab_size):
@@ -292,7 +292,7 @@ def train_tokenizer(texts, vocab_size):
     import regex
     found = (match[0] for text in texts for match in regex.finditer(PATTERN, text) if len(match[0]) <= 100)
     counts = collections.Counter(itertools.islice(found, 5_000_000))
-    # a character stands for an id, so that str.replace merges a pair in a word
+    # in a word each character stands for an id, so that str.replace merges a pair
     words = [word.encode("utf-8", "replace").decode("latin-1") for word in counts]
     repeats = list(counts.values())
     ids = {bytes([i]): chr(i) for i in range(256)}
@@ -312,10 +312,10 @@ def train_tokenizer(texts, vocab_size):
     heap = sorted((-n, pair) for pair, n in pairs.items())
     while heap and len(ids) < vocab_size - 1:
         n, pair = heapq.heappop(heap)
-        if not 1 < pairs[pair] == -n:                   # rare, or it changed and is in the heap again
+        if not 1 < pairs[pair] == -n:                   # rare, or its count changed and is in the heap too
             continue
         token = spelled[pair[0]] + spelled[pair[1]]
-        char = ids.setdefault(token, chr(len(ids)))     # tiktoken knows one id per byte string, however it was merged
+        char = ids.setdefault(token, chr(len(ids)))     # the same bytes have one id, however they were merged
         spelled[char] = token
         changed.clear()
         for i in words_with.pop(pair):
@@ -331,10 +331,8 @@ def train_tokenizer(texts, vocab_size):
 
 
 def open_source(source, revision="", subset="", part=(0, 1)):
-    """(revision, documents of part (i, n)): those of every n-th file, or every n-th document if files are few.
-
-    A document is (text,) or (instruction, response); a byte that is not UTF-8 is a lone surrogate in it.
-    """
+    """(revision, documents of part (i, n)): of every n-th file, or every n-th if files are few. A document is (text,)
+    or (instruction, response), in which a byte that is not UTF-8 is a lone surrogate."""
     i, n = part
     if source == "fables":
         rng = random.Random(1)
@@ -342,7 +340,7 @@ def open_source(source, revision="", subset="", part=(0, 1)):
     elif source == "pydoc":
         revision, documents = f"Python {sys.version.split()[0]}", read_pydoc()
     elif source in HUB:
-        documents = read_hub(HUB[source], revision, subset, part)
+        documents = read_hub(f"HuggingFaceFW/{source}", revision, subset, part)
         revision = next(documents)
         i, n = 0, 1
     else:
@@ -358,7 +356,7 @@ def open_source(source, revision="", subset="", part=(0, 1)):
 
 
 def read_hub(repo, revision, subset, part):
-    """Yield the commit that is read, the newest unless one is given; then the documents of a part."""
+    """Yield the commit, the newest unless one is given, then the documents of a part."""
     i, n = part
     try:
         import datasets
@@ -377,7 +375,7 @@ def read_hub(repo, revision, subset, part):
 
 
 def find_files(source):
-    """The files of `source` (file, folder or glob), sorted; UserError if there are none to read."""
+    """The sorted files of a file, folder or glob; UserError if there are none to read."""
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
     paths = [source] if os.path.isfile(source) else glob.glob(pattern, recursive=True)
     paths = sorted(Path(path) for path in paths if os.path.isfile(path))
@@ -392,7 +390,7 @@ def find_files(source):
 
 
 def read_file(path):
-    """Yield the documents of one file; UserError with its name and the line or row that cannot be read."""
+    """Yield the documents of a file; UserError names the line or row that cannot be read."""
     number = 1
     try:
         for row in read_rows(path, path.suffix.lower()):
@@ -403,7 +401,7 @@ def read_file(path):
 
 
 def read_record(row):
-    """The document in a row; ValueError if there is none."""
+    """The document in a row; ValueError without one."""
     if type(row) is not dict:
         raise ValueError("no record of names and values")
     if isinstance(row.get("messages"), list):
@@ -424,7 +422,7 @@ def read_record(row):
 
 
 def read_rows(path, suffix):
-    """Yield the rows of a file as dicts; a text file is one, several if it is huge; a blank line is a blank text."""
+    """Yield the rows of a file as dicts: a text file is one, or several if it is huge; a blank line is a blank text."""
     if suffix == ".parquet":
         from pyarrow.parquet import ParquetFile
         for batch in ParquetFile(path).iter_batches(1000, columns={"text", "messages", *itertools.chain(*RECORDS)}):
@@ -433,8 +431,7 @@ def read_rows(path, suffix):
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
     with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         while suffix in (".txt", ".md") and (text := file.read(LONGEST)):
-            odd = sum(map(text.count, "\0\ufffd")) + len(re.findall("[\udc80-\udcff]", text))
-            if odd > len(text) / 100:
+            if len(re.findall("[\0\ufffd\udc80-\udcff]", text)) > len(text) / 100:
                 raise ValueError("no text in UTF-8, but in UTF-16 or another encoding, or no text at all")
             yield {"text": text}
         while line := file.readline(LONGEST):           # none is left of a text file
@@ -445,7 +442,7 @@ def read_rows(path, suffix):
 
 @functools.cache
 def read_pydoc():
-    """The embedded corpus: the prose of each topic and module of this Python's documentation, no paragraph twice."""
+    """The prose in each topic and module of this Python's documentation, no paragraph twice."""
     from pydoc_data.topics import topics
     texts = [topics[name] for name in sorted(topics)]
     stdlib, skipped = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "idle_test"}
