@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 
 import fables
-from configurator import Fault, UserError, in_range, one_of, run
+from configurator import Fault, UserError, in_range, one_of, read_file, run
 from data import (COUNTS, EMBEDDED, HUB, OFFLINE, PATTERN, encode, fingerprint_shards, format_instruction,
                   get_tokenizer, lock, read_parts, write_file, write_shard)
 
@@ -116,7 +116,9 @@ def open_meta(cfg, path):
     revision, documents = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
     kind = cfg.tokenizer or ("corpus" if cfg.source in EMBEDDED else "gpt2")
     spec = None if kind == "corpus" else read_tokenizer(kind)
-    settings = {"source": Path(cfg.source).name, "revision": revision, "subset": cfg.subset, "tokenizer": kind,
+    of_folder = hashlib.blake2b(json.dumps(spec).encode(), digest_size=8).hexdigest()   # another path may lead there
+    settings = {"source": Path(cfg.source).name, "revision": revision, "subset": cfg.subset,
+                "tokenizer": kind if kind in ("corpus", "gpt2") else f"that with the hash {of_folder}",
                 "vocab_size": cfg.vocab_size if kind == "corpus" else get_tokenizer(spec).n_vocab,
                 "max_tokens": parse_count(cfg.max_tokens), "parts": parse_part(cfg.part)[1],
                 "val_fraction": cfg.val_fraction, "shard_tokens": cfg.shard_tokens}
@@ -137,7 +139,7 @@ def read_tokenizer(kind):
     file = Path(kind, "tokenizer.json")
     try:
         if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(read_file(file, 2**26))
         return next(iter(read_parts(kind).values()))["tokenizer"]
     except (ValueError, StopIteration):
         raise UserError(f"tokenizer={kind} has no meta.json or tokenizer.json; name another folder") from None
@@ -350,7 +352,7 @@ def open_source(source, revision="", subset="", part=(0, 1)):
         if len(files) >= n:
             files = files[i::n]
             i, n = 0, 1
-        documents = itertools.chain.from_iterable(map(read_file, files))
+        documents = itertools.chain.from_iterable(map(read_documents, files))
     not_blank = (texts for texts in documents if all(map(str.strip, texts)))
     return revision, itertools.islice(not_blank, i, None, n)
 
@@ -389,7 +391,7 @@ def find_files(source):
     return files
 
 
-def read_file(path):
+def read_documents(path):
     """Yield the documents of a file; UserError names the line or row that cannot be read."""
     number = 1
     try:

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,7 +342,7 @@ def test_parquet_without_text_is_refused(tmp_path):
     for column, values, row in (("words", ["x"], 1), ("text", ["x", None], 2)):
         parquet.write_table(pyarrow.table({column: values}), tmp_path / "a.parquet")
         with pytest.raises(UserError, match=f'a.parquet:{row}: .*no string under the key "text"'):
-            list(pf.read_file(tmp_path / "a.parquet"))
+            list(pf.read_documents(tmp_path / "a.parquet"))
 
 
 def test_fineweb_is_streamed(tmp_path, monkeypatch):
@@ -591,6 +592,22 @@ def test_records_may_have_more_keys_and_files_blank_lines(tmp_path):
         assert list(documents) == [(format_instruction("Say it."), f" it {i}") for i in range(40)]
 
 
+def test_a_tokenizer_is_known_by_what_it_is_and_not_by_where_it_lies(tmp_path):
+    """The path of a folder, which may be private, is not in the meta file."""
+    (tmp_path / "a.txt").write_text("the dog and the sea " * 300)
+    first = prepare(tmp_path / "a.txt", tmp_path / "first")
+    shutil.copytree(first, tmp_path / "copy")
+    for folder in (first, tmp_path / "copy"):
+        made = prepare(tmp_path / "a.txt", tmp_path / "made", tokenizer=str(folder))
+    assert str(tmp_path) not in (made / "meta.json").read_text()
+    other = prepare(tmp_path / "a.txt", tmp_path / "other", vocab_size=259)
+    with pytest.raises(UserError, match="was prepared with tokenizer=that with the hash"):
+        prepare(tmp_path / "a.txt", tmp_path / "made", tokenizer=str(other))
+    os.mkfifo(tmp_path / "copy" / "tokenizer.json")
+    with pytest.raises(UserError, match="is no regular file"):
+        prepare(tmp_path / "a.txt", tmp_path / "new", tokenizer=str(tmp_path / "copy"))
+
+
 def test_examples_take_the_tokenizer_of_a_folder_and_mistakes_in_them_are_named(tmp_path):
     text = prepare(write_jsonl(tmp_path / "text.jsonl", sentences(50)), tmp_path / "text")
     source = write_pairs(tmp_path / "t.jsonl", [dict(prompt="Say it.", response=f"it {i}") for i in range(30)])
@@ -656,7 +673,7 @@ def test_parts_take_whole_files_where_there_are_enough(tmp_path, monkeypatch):
     found = documents(tmp_path / "data" / "t", "train")
     assert found == texts[0] + texts[2] + texts[1]
     read = []
-    monkeypatch.setattr(pf, "read_file", lambda path: read.append(path.name) or [])
+    monkeypatch.setattr(pf, "read_documents", lambda path: read.append(path.name) or [])
     list(pf.open_source(str(tmp_path / "t"), part=(1, 2))[1])
     assert read == ["1.jsonl"]
 
