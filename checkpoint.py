@@ -12,6 +12,7 @@ import shutil
 import sys
 import typing
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ CKPT = f"ckpt_{8 * '[0-9]'}.pt"                                         # the fi
 USUAL = dict.fromkeys(("block_length", "revisions"), (int, 0, 1e6))     # settings of sample.py that it keeps
 MEASURED = dict(tokens=(int, 0, 1e18), bound=(float, 0, 1e6), bound_error=(float, 0, 1e6))
 EXPORT = ("model.safetensors", "config.json", "tokenizer.json")         # the files of an export
+KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}                # in safetensors' words
 
 
 def reason(error):
@@ -212,7 +214,7 @@ def fingerprint(state):
     digest = hashlib.blake2b(digest_size=16)
     for name, x in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(x.contiguous().numpy())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -270,31 +272,51 @@ def usual(content):
     return {name: content[name] for name in USUAL if content.get(name) is not None}
 
 
-def import_safetensors():
-    """The package; UserError without it."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("this needs the safetensors package; pip install safetensors") from None
-    return safetensors
+def read_tensors(path):
+    """The tensors of a safetensors file, copied when they are asked for: name -> function. ValueError if it is none."""
+    size, kinds = Path(path).stat().st_size, {kind: dtype for dtype, kind in KINDS.items()}
+    if not Path(path).is_file():                        # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file")
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
+    if not 8 < start <= min(size, 2**26):
+        raise ValueError("its header is cut short")
+    header = json.loads(bytes(data[8:start].numpy()))
+
+    def tensor(dtype, shape, data_offsets):
+        begin, end = data_offsets
+        if not 0 <= begin <= end <= size - start:
+            raise ValueError("it is cut short")
+        return data[start + begin:start + end].clone().view(kinds[dtype]).view(shape)
+    return {name: partial(tensor, **row) for name, row in header.items() if name != "__metadata__"}
+
+
+def write_tensors(path, tensors):
+    """Write tensors, by name, as a safetensors file."""
+    header, end = {}, 0
+    for name, x in tensors.items():
+        header[name] = dict(dtype=KINDS[x.dtype], shape=list(x.shape), data_offsets=[end, end := end + x.nbytes])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in tensors.values():
+            file.write(x.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def export(folder, content, **more):
     """Write the averaged network of a checkpoint's content to a new folder, with `more` plain values in config.json;
     Fault if it cannot be written."""
-    safetensors = import_safetensors()
     data = {key: value for key, value in content["data"].items() if key != "tokenizer"}
     config = dict(model_type="sunfish", format=FORMAT, step=content["step"], fingerprint=fingerprint(content["ema"]),
                   config=dataclasses.asdict(model_config(content)), data=data, **more)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights = folder / "model.safetensors"
-        safetensors.torch.save_file({name: x.contiguous() for name, x in content["ema"].items()}, weights)
-        weights.chmod(0o644)                                            # it would be for its owner only
+        write_tensors(folder / EXPORT[0], content["ema"])
         for name, values in (("tokenizer", content["data"]["tokenizer"]), ("config", config)):
             text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    except (OSError, safetensors.SafetensorError) as error:             # a full disk is a SafetensorError
+    except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)                       # it was new, or empty
         raise Fault(f"cannot write export={folder} ({reason(error)}); choose another folder") from None
 
@@ -302,14 +324,11 @@ def export(folder, content, **more):
 def read_export(folder):
     """What `export` wrote, as the content of a checkpoint; Fault if it is damaged. Its fingerprint is no protection
     against malice."""
-    load_file = import_safetensors().torch.load_file
     try:
         config, tokenizer = (json.loads(read_file(folder / name, 2**26)) for name in EXPORT[1:])
         config["data"]["tokenizer"] = tokenizer
-        if not (folder / EXPORT[0]).is_file():          # a pipe would be waited for
-            raise ValueError(f"{EXPORT[0]} is no regular file")
-        content = {**config, "ema": load_file(folder / EXPORT[0])}
-    except Exception as error:                          # of json, of files, of safetensors
+        content = {**config, "ema": {name: read() for name, read in read_tensors(folder / EXPORT[0]).items()}}
+    except Exception as error:                          # of json, of files, of tensors
         raise Fault(f"{folder} is not a sound export ({reason(error)})") from None
     if content.get("format") != FORMAT or content.get("fingerprint") != fingerprint(content["ema"]):
         raise Fault(f"{folder} is not a sound export of format {FORMAT}: its weights are not those of config.json")
@@ -335,15 +354,13 @@ def download(name, *files, may_fetch=True):
 def gpt2_vectors(path, vocab_size):
     """GPT-2's token vectors (vocab_size, GPT2_DIM), to unit variance, out of a safetensors file; without a path, of the
     public checkpoint, fetched once. UserError if they cannot be had or are for another vocabulary."""
-    safe_open = import_safetensors().safe_open
     try:
         path = path or Path(download("openai-community/gpt2", "model.safetensors"), "model.safetensors")
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.endswith("wte.weight")]
-            if not names:
-                raise ValueError("no tensor wte.weight")
-            table = file.get_tensor(names[0]).float()
-    except Exception as error:                          # of the hub, of files, of safetensors
+        tables = [read for name, read in read_tensors(path).items() if name.endswith("wte.weight")]
+        if not tables:
+            raise ValueError("no tensor wte.weight")
+        table = tables[0]().float()
+    except Exception as error:                          # of the hub, of files, of tensors
         raise UserError(f"GPT-2's vectors ({path or 'of the hub'}): {reason(error)}; name a copy of "
                         "openai-community/gpt2's model.safetensors with --prompt_file") from None
     if table.shape != (vocab_size, GPT2_DIM):

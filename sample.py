@@ -261,6 +261,9 @@ def export_network(cfg, path, content, text):
             check_fields(log_file, row, step=(int, 0, content["step"]),
                          **{name: rule for name, rule in ckpt.MEASURED.items() if name in row})
             found |= {name: row[name] for name in found if name in row}
+    if cfg.dtype == "bfloat16":                             # half of the bytes
+        weights = {name: x.bfloat16() if x.ndim > 1 else x for name, x in content["ema"].items()}
+        content = {**content, "ema": weights}
     ckpt.export(folder, content, **found)
     facts = {"training text": data["label"], "its licence": data["licence"], "tokenizer": data["tokenizer"]["name"],
              "steps": f"{content['step']:,}", "tokens seen": f"{found['tokens'] or 0:,}"}

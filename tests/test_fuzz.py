@@ -185,7 +185,6 @@ def fuzz(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(base, tmp_path_factory):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     folder = tmp_path_factory.mktemp("fuzz") / "export"
     call(["sample.py", f"--checkpoint={base}", "--device=cpu", "--dtype=float32", "--steps=1", f"--export={folder}"])
     return folder

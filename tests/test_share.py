@@ -24,7 +24,6 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture(scope="module")
 def exported(base, tmp_path_factory):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     folder = tmp_path_factory.mktemp("share") / "one-export"
     sample(base, f"--export={folder}", "--seq_len=0")
     return folder
@@ -128,13 +127,48 @@ def test_an_export_of_odd_settings_is_refused_before_anything_is_built(exported,
 
 
 def test_weights_that_are_no_numbers_are_refused_even_with_their_own_fingerprint(exported, tmp_path):
-    from safetensors.torch import load_file, save_file
     folder = shutil.copytree(exported, tmp_path / "bad")
-    weights, content = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    weights = {name: read() for name, read in ckpt.read_tensors(folder / "model.safetensors").items()}
+    content = json.loads((folder / "config.json").read_text())
     weights["head.weight"][3, 3] = float("nan")
-    save_file(weights, folder / "model.safetensors")
+    ckpt.write_tensors(folder / "model.safetensors", weights)
     (folder / "config.json").write_text(json.dumps({**content, "fingerprint": ckpt.fingerprint(weights)}))
     assert "head.weight is not finite" in sample(folder, code=1).stderr
+
+
+def test_tensors_are_written_and_read_as_by_the_safetensors_package(tmp_path):
+    package = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    torch.manual_seed(1)
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 1, 3).half(),
+               "d": torch.tensor(2.5), "e": torch.zeros(0, 4), "f": torch.randn(4, 6).T}
+    ckpt.write_tensors(tmp_path / "ours", tensors)
+    package.save_file({name: x.contiguous() for name, x in tensors.items()}, tmp_path / "theirs", {"made": "by them"})
+    for found in (package.load_file(tmp_path / "ours"),
+                  {name: read() for name, read in ckpt.read_tensors(tmp_path / "theirs").items()}):
+        assert found.keys() == tensors.keys()
+        assert all(x.dtype == found[name].dtype and torch.equal(x, found[name]) for name, x in tensors.items())
+
+
+@pytest.mark.parametrize("header", [
+    b"", b"5", b"[]", b'{"a": 5}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', b"{" * 9000,
+    b'{"a": {"dtype": "F32", "shape": [-1, 2], "data_offsets": [-8, 0]}}',
+    b'{"a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]}}', b'{"a": {"dtype": "F32", "shape": [2]}}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "__class__": 5}}'])
+def test_odd_headers_of_tensors_are_refused(exported, tmp_path, header):
+    folder = shutil.copytree(exported, tmp_path / "bad")
+    for size in (len(header), 2**63, 0):
+        (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header + bytes(8))
+        assert "is not a sound export" in sample(folder, code=1).stderr
+
+
+def test_an_export_in_bfloat16_has_half_of_the_bytes_and_writes_as_well(exported, base, tmp_path):
+    sample(base, f"--export={tmp_path / 'half'}", "--dtype=bfloat16")
+    sizes = [(place / "model.safetensors").stat().st_size for place in (exported, tmp_path / "half")]
+    assert 0.5 < sizes[1] / sizes[0] < 0.6
+    one, half = (ckpt.find_network(place)[1]["ema"] for place in (base, tmp_path / "half"))
+    assert all(torch.allclose(x, half[name].float(), rtol=0.01, atol=1e-6) for name, x in one.items())
+    assert torch.equal(one["schedule"], half["schedule"]) and sample(tmp_path / "half").stdout.startswith("the dog")
 
 
 def test_pipes_and_bombs_in_the_place_of_networks_are_refused(exported, tmp_path):
@@ -328,7 +362,6 @@ def test_a_page_that_cannot_be_written_is_said(base, tmp_path):
 
 
 def test_a_disk_that_fills_up_during_the_page_or_the_export_leaves_nothing_and_one_line(base, tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for option in (f"--html={tmp_path / 'page.html'}", f"--export={tmp_path / 'export'}"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
