@@ -35,6 +35,7 @@ from serve import Server
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 MARK = "<|endoftext|>"            # before a document
 PAGE = Path(__file__).with_name("page.html")
+PRETRAINED = Path(os.path.relpath(Path(__file__).parent)) / "pretrained" / "fables"     # where none is named
 BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
 CARD = """---
 license: other
@@ -57,7 +58,7 @@ text may. Unedited, the first sample with seed {seed}, its prompt and its text:
 
 @dataclass(frozen=True)
 class Config(Sampling):
-    checkpoint: str = ""             # file, folder of a run, adapters or export, hf:user/name; "": the newest in out/
+    checkpoint: str = ""             # file, folder of a run, adapters or export, hf:user/name; "": pretrained/fables
     mode: str = "generate"           # generate, or infill with --text
     prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin
     text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits) or [MASK:n] (n); @FILE, -
@@ -286,7 +287,7 @@ def export_network(cfg, path, content, text):
 
 def load(checkpoint="", device="auto", dtype="auto", quantize="none"):
     """The Writer of a network, which is named as on the command line; UserError if there is none, or no such device."""
-    path, content = ckpt.find_network(checkpoint or "out")
+    path, content = ckpt.find_network(checkpoint or PRETRAINED)
     device = choose_device(device)
     return Writer(path, content, ckpt.load_model(content, device, choose_dtype(dtype, device), quantize == "int8"))
 
