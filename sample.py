@@ -35,7 +35,7 @@ from serve import Server
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 MARK = "<|endoftext|>"            # before a document
 PAGE = Path(__file__).with_name("page.html")
-PRETRAINED = Path(os.path.relpath(Path(__file__).parent)) / "pretrained" / "fables"     # where none is named
+PRETRAINED = Path(__file__).with_name("pretrained") / "fables"              # writes where no other network is named
 BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
 CARD = """---
 license: other
@@ -374,7 +374,8 @@ def say_what(cfg, given, writer, texts, task):
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
     again = f", {task.plan.revisions} revisions at most" if task.plan.revisions else ""
     step, label = writer.content["step"], writer.content["data"]["label"]
-    log(f"{writer.path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {task.plan.num_blocks} x "
+    path = min(str(writer.path), os.path.relpath(writer.path), key=len)
+    log(f"{path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {task.plan.num_blocks} x "
         f"{task.plan.steps} steps{again}, {writer.model.wte.device}, {str(writer.model.dtype)[6:]}, seed {cfg.seed}")
     if not all(map(str.strip, texts)):
         log("no prompt: the samples are unconditional")
