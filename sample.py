@@ -313,13 +313,16 @@ class Writer:
 
     def generate(self, prompt="", **settings):
         """What follows a prompt, or answers an instruction."""
-        cfg = self.config(prompt=prompt, **settings)
-        return self.write(cfg, self.task(cfg, prompt), [0])[0]
+        return self.one(self.config(prompt=prompt, **settings), prompt)
 
     def infill(self, text, **settings):
         """A text whose blanks, [MASK] (1 to 12 tokens, as fits) and [MASK:n] (n), are filled in."""
-        cfg = self.config(mode="infill", text=text, **settings)
-        return self.write(cfg, self.task(cfg, text), [0])[0]
+        return self.one(self.config(mode="infill", text=text, **settings), text)
+
+    def one(self, cfg, text):
+        """One sample of a prompt or a text with blanks."""
+        task = self.task(cfg, text)
+        return self.write(cfg, task, [0], Watch(cfg, self, task))[0]
 
     def config(self, **settings):
         """The Config of what is given, checked, with a seed."""
