@@ -377,9 +377,10 @@ def say_what(cfg, given, writer, texts, task):
     spread = ", spread over the text" if cfg.strided and cfg.block_length > 1 else ""
     again = f", {task.plan.revisions} revisions at most" if task.plan.revisions else ""
     step, label = writer.content["step"], writer.content["data"]["label"]
-    path = min(str(writer.path), os.path.relpath(writer.path), key=len)
-    log(f"{path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {task.plan.num_blocks} x "
-        f"{task.plan.steps} steps{again}, {writer.model.wte.device}, {str(writer.model.dtype)[6:]}, seed {cfg.seed}")
+    path, device = min(str(writer.path), os.path.relpath(writer.path), key=len), writer.model.wte.device
+    times = f"{task.plan.num_blocks} x {task.plan.steps} step{'s' * (task.plan.steps > 1)}{again}"
+    log(f"{path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {times}, {device}, "
+        f"{str(writer.model.dtype)[6:]}, seed {cfg.seed}")
     if not all(map(str.strip, texts)):
         log("no prompt: the samples are unconditional")
         if "guidance_scale" in given:
