@@ -260,7 +260,7 @@ def test_speed_puts_each_figure_beside_its_floor(tmp_path):
     plain, guessed, nanogpt, *texts, shares = rows
     assert "step of 2 x 96" in plain["what"] and "first guess" in guessed["what"] and "nanoGPT" in nanogpt["what"]
     assert guessed["TFLOPs"] > 1.2 * plain["TFLOPs"] and len(texts) == 3 * len(speed.TEXTS)
-    assert "block_length 8, 2 x 8 steps, guided" in texts[3]["what"] and "1 x 32 steps" in texts[6]["what"]
+    assert "block_length 8, 2 x 4 steps, guided" in texts[3]["what"] and "1 x 32 steps" in texts[6]["what"]
     for row in rows[:-1]:
         assert row["seconds"] > row["floor"] > 0 or row is nanogpt, row     # that one is a stub and does nothing
         assert row["ratio"] == pytest.approx(row["seconds"] / row["floor"])

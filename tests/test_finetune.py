@@ -229,7 +229,7 @@ def test_adapters_are_all_that_is_trained_and_kept(command, base, tmp_path):
 def test_adapters_that_are_the_newest_run_write_on_their_base(command, tmp_path, monkeypatch):
     call([*command, "--lora_rank=2", "--max_steps=1", f"--out_dir={tmp_path / 'out' / 'lora'}"])
     monkeypatch.chdir(tmp_path)
-    assert "ckpt_00000001.pt: step 1, trained on pairs" in ask("", "the dog").stderr
+    assert "ckpt_00000001.pt: step 1, trained on pairs" in ask("out", "the dog").stderr
 
 
 @pytest.mark.slow

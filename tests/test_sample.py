@@ -124,7 +124,7 @@ def test_the_header_says_how_a_text_is_written(base, tmp_path):
     def header(*args, base=base): return call(["sample.py", f"--checkpoint={base}", "--device=cpu", *args]).stderr
     assert "; blocks of 8 tokens, ddim, 2 x 4 steps, 8 revisions at most, cpu" in header()
     assert "; the whole window at once, ddim, 1 x 32 steps, 8 revisions at most" in header("--block_length=0")
-    assert "; one token at a time, ddim, 16 x 1 steps, cpu" in header("--block_length=1")
+    assert "; one token at a time, ddim, 16 x 1 step, cpu" in header("--block_length=1")
     assert "; blocks of 4 tokens, spread over the text, constrained_ddim, 4 x 2 steps" in header(
         "--block_length=4", "--strided", "--steps=2", "--sampler=constrained_ddim")
     content = {**ckpt.find(base)[1], "block_length": 1}

@@ -395,3 +395,23 @@ def test_curves_of_runs_come_from_their_logs(base, tmp_path, capsys, monkeypatch
         plot.main(plot.Config(runs=str(tmp_path)))
     with pytest.raises((UserError, Fault), match="choose a file"):
         plot.main(plot.Config(runs=str(base), out=str(tmp_path / "a.xyz")))
+
+
+def test_the_progress_of_a_run_is_measured_once_a_checkpoint(base, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    (tmp_path / "held.txt").write_text("the red dog went home, and the sea was old. " * 40)
+    command = ["progress.py", f"--run={base}", f"--text={tmp_path / 'held.txt'}", "--block_length=1,4,0",
+               "--sequences=8", "--seq_len=8", f"--out={tmp_path / 'a.png'}"]
+    said = [call(command).stdout for _ in range(2)]
+    lines = [line for line in said[0].splitlines() if "nats a token: " in line]
+    names = [re.match(r"step 20, (.*): \d", line)[1] for line in lines]
+    assert names == ["token by token", "blocks of 4", "the whole window"]
+    assert "nats" not in said[1] and said[1].endswith("a.png: 1 checkpoints\n")
+    row, = json.loads((tmp_path / "a.json").read_text())
+    assert row["step"] == 20 and all(0 < found < 20 and error > 0 for found, error, _ in row["lengths"].values())
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "is no file" in call([*command, "--text=nowhere"], code=2).stderr
+    (tmp_path / "none").mkdir()
+    empty = [*command, f"--run={tmp_path / 'none'}", f"--out={tmp_path / 'b.png'}"]
+    assert "has no checkpoints" in call(empty, 2).stderr

@@ -47,8 +47,8 @@ def test_samples_are_texts_without_their_marks(tales):
 def test_a_prompt_is_the_beginning_of_a_document(tales):
     page = tales / "page.html"
     call(["sample.py", f"--checkpoint={tales / 'run'}", f"--prompt={TALE}", "--steps=2", "--seed=1", f"--html={page}"])
-    tokens = json.JSONDecoder().raw_decode(page.read_text().split("const data = ")[1])[0]["tokens"]
-    assert tokens[:4] == ["", "Mia", " was", " a"]
+    recording, = json.JSONDecoder().raw_decode(page.read_text().split("const recordings = ")[1])[0]
+    assert recording["steps"][0][1][:4] == [["", None], ["Mia", None], [" was", None], [" a", None]]
 
 
 def test_what_windows_cost_is_what_their_stories_were_drawn_with(tales):
@@ -94,7 +94,7 @@ def test_the_tables_are_printed_and_a_bound_below_the_truth_is_a_fault(tales, mo
         "as a whole window", "as a whole window, the sampler's 2 steps"]
     assert 0.3 < found["likelihood"][0]["nats"] < 0.6 and all(row["above"] > 1 for row in found["likelihood"][1:])
     assert [row["stories"] for row in found["samples"]] == [1, *[0] * 10]
-    assert found["samples"][3]["written_from_noise"] == "blocks of 16, 2 steps, 3 revisions"
+    assert found["samples"][3]["written_from_noise"] == "blocks of 16, 2 steps, 8 revisions"
     assert len(found["completions"]) == 5 and "another's rest" in out and "above" in out
     monkeypatch.setattr(truth, "bound", lambda *_: dict(bound=0.2, bound_error=0.01))
     assert "below the truth" in call(args, code=1).stderr
