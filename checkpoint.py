@@ -121,7 +121,7 @@ def find(place, may_fetch=True):
         return place, read_network(place)
     here = place
     if not any(place.glob(CKPT)):
-        here = max(place.rglob(CKPT), key=lambda path: path.lstat().st_mtime, default=place / CKPT).parent
+        here = max(place.glob(f"*/{CKPT}"), key=lambda path: path.lstat().st_mtime, default=place / CKPT).parent
     paths = sorted(here.glob(CKPT), reverse=True)
     for path in paths:
         try:
@@ -149,10 +149,10 @@ def check_resumable(cfg, data, content):
     old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
     free = {"resume"} if cfg.batch_size else {"resume", "batch_size"}                   # 0 is what fits
     changed = [name for name in old if name not in free and old[name] != getattr(cfg, name)]
-    wrong = [f"{name}={getattr(cfg, name)} is {old[name]}" for name in changed if name in fixed]
+    wrong = [f"{name}={getattr(cfg, name)} ({old[name]})" for name in changed if name in fixed]
     if wrong:
-        raise UserError(f"{', '.join(wrong)} in the checkpoint of {cfg.out_dir}; resume with that, or choose another "
-                        "--out_dir")
+        raise UserError(f"{', '.join(wrong)}: in brackets what the run in {cfg.out_dir} has; resume with that, or "
+                        "choose another --out_dir")
     theirs = content["data"]
     if data["fingerprint"] != theirs["fingerprint"]:
         raise UserError(f"the data is {data['label']} ({data['fingerprint']}), but the checkpoint in {cfg.out_dir} was "
@@ -222,8 +222,9 @@ def find_network(place):
     """As `find`, with adapters merged into the network that they were trained on; UserError if there is none."""
     found = find(place)
     if found is None:
+        runs = sorted({str(path.parent) for path in Path("out").glob(f"*/{CKPT}")})
         raise UserError(f"no checkpoint at {place}; train one with `python train.py config/tiny.py`, or name it with "
-                        "--checkpoint")
+                        f"--checkpoint{'; there are ' * bool(runs)}{' '.join(runs)}")
     path, content = found
     return path, merge(content, path) if "base" in content else content
 

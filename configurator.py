@@ -113,7 +113,9 @@ def check_fields(where, content, **fields):
         raise UserError(f"{where} holds {shorten(content)} where names and values should be")
     for name, rule in fields.items():
         kind, *limits = rule if type(rule) is tuple else (rule,)
-        value = content.get(name)
+        if name not in content:
+            raise UserError(f"{where}: {name} is missing")
+        value = content[name]
         fits = isinstance(value, (int, float) if kind is float else kind) and (type(value) is bool) == (kind is bool)
         if not fits or limits and not limits[0] <= value <= limits[1]:
             span = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
@@ -208,8 +210,8 @@ def read_config(path, kinds):
     except UserError as error:
         known = " ".join(sorted(map(str, Path("config").glob("*.py"))))
         hint = f"there are {known}" if known else "see --help"
-        if "prompt" in kinds and " " in path:
-            hint = f"text is given as --prompt={shlex.quote(path)}"
+        if "prompt" in kinds and not path.endswith(".py"):
+            hint = f"text is given as --prompt={shlex.quote(path)}, all of it in quotes"
         raise UserError(f"{error}; {hint}") from None
     try:
         lines = ast.parse(source).body

@@ -104,8 +104,10 @@ def prepare(cfg):
             write_part(cfg, meta, path)
     except OSError as error:
         raise Fault(f"{error}; mend that and run the same command again to go on") from None
-    print(f"{path}: {meta['documents']:,} documents, {meta['train_tokens']:,} training and {meta['val_tokens']:,} "
-          f"validation tokens, {meta['vocab_size']:,} ids, {meta['replaced']:,} bytes that were not UTF-8 replaced")
+    replaced = f", {meta['replaced']:,} bytes that were not UTF-8 replaced" if meta["replaced"] else ""
+    documents = f"{meta['documents']:,} document{'s' * (meta['documents'] != 1)}"
+    print(f"{path}: {documents}, {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
+          f"{meta['vocab_size']:,} ids{replaced}")
     return path.parent
 
 

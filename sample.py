@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
-from configurator import Fault, UserError, check_fields, in_range, one_of, printable, read_file, run, shorten
+from configurator import Fault, UserError, check_fields, in_range, one_of, printable, read_file, run, shorten, unknown
 import checkpoint as ckpt           # torch is imported here, after what catches Ctrl-C meanwhile
 from data import cut_at_eot, first_document, format_instruction, get_tokenizer, write_file
 from diffusion import generator
@@ -33,8 +33,9 @@ from machine import choose_device, choose_dtype, keep_memory, torch_faults
 from serve import Server
 
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
+LIKE_BLANK = re.compile(r"(?i)\[\s*mask[^\]]{0,20}\]")
 MARK = "<|endoftext|>"            # before a document
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("viewer.html")
 PRETRAINED = Path(__file__).with_name("pretrained") / "fables"              # writes where no other network is named
 BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
 CARD = """---
@@ -84,15 +85,17 @@ class Config(Sampling):
         one_of(self, "dtype", "auto", "float32", "bfloat16")
         one_of(self, "quantize", "none", "int8")
         if self.mode == "infill" and (self.prompt or self.seq_len):
-            raise UserError("mode=infill takes --text, not --prompt or --seq_len; put the prompt into the text")
+            wrong = "--prompt" if self.prompt else "--seq_len"
+            raise UserError(f"mode=infill takes --text and no {wrong}; put all of it, with [MASK], into the text")
         if self.mode == "generate" and self.text:
             raise UserError("--text is for --mode=infill; use --prompt, or add --mode=infill")
         if self.export and (self.mode != "generate" or self.quantize != "none"):
-            raise UserError("--export writes a whole network; leave out mode and quantize")
+            wrong = "--quantize" if self.mode == "generate" else "--mode"
+            raise UserError(f"--export writes a whole network; leave out {wrong}")
         if self.serve and (self.prompt or self.text or self.export):
             raise UserError("--serve takes its texts from the page; leave out --prompt, --text and --export")
         in_range(self, 0, 65_535, "port")
-        if self.mode == "generate" and BLANK.search(self.prompt):
+        if self.mode == "generate" and LIKE_BLANK.search(self.prompt):
             raise UserError("a prompt is continued, not filled in; give text with [MASK] as --mode=infill --text=...")
         if self.html:
             check_page(Path(self.html))
@@ -130,7 +133,7 @@ def read_prompts(text):
 def read_blanks(text, encode):
     """Text with [MASK] and [MASK:n] in pieces: lists of token ids, and the numbers n of blank tokens, 0 if open; and
     for each blank whether it stands behind a space."""
-    for found in re.finditer(r"(?i)\[\s*mask[^\]]{0,20}\]", text):
+    for found in LIKE_BLANK.finditer(text):
         if not BLANK.fullmatch(found[0]):
             raise UserError(f"{found[0]} is no blank; write [MASK], in capitals, or [MASK:3] for 3 tokens")
     if not BLANK.search(text):
@@ -176,7 +179,7 @@ def check_page(path):
     """UserError unless the page can be written into its folder, over nothing but a page of ours."""
     if not path.parent.is_dir():
         raise UserError(f"html={path}: there is no folder {path.parent}; choose another file")
-    if path.exists() and read_file(path, 2**26)[:100] != PAGE.read_bytes()[:100]:
+    if path.exists() and (path.samefile(PAGE) or read_file(path, 2**26)[:100] != PAGE.read_bytes()[:100]):
         raise UserError(f"html={path} is there already, and no page of ours; choose another file")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"html={path}: nothing can be written to {path.parent}; choose another file")
@@ -320,12 +323,19 @@ class Writer:
         return self.one(self.config(mode="infill", text=text, **settings), text)
 
     def one(self, cfg, text):
-        """One sample of a prompt or a text with blanks."""
+        """One sample of a prompt or a text with blanks; UserError if more are asked for."""
+        if cfg.num_samples > 1:
+            raise UserError(f"num_samples={cfg.num_samples}, but this writes one text; call it with other seeds")
         task = self.task(cfg, text)
         return self.write(cfg, task, [0], Watch(cfg, self, task))[0]
 
     def config(self, **settings):
         """The Config of what is given, checked, with a seed."""
+        kinds = get_type_hints(Config)
+        for name in settings:
+            if name not in kinds:
+                raise unknown(name, kinds, name)
+            check_fields("settings", settings, **{name: kinds[name]})
         cfg = Config(**{**ckpt.usual(self.content), **settings})
         cfg.check()
         return cfg if cfg.seed else replace(cfg, seed=secrets.randbelow(10**6) + 1)
@@ -395,7 +405,7 @@ def serve(cfg, given, writer):
 
     def write(asked, keep):
         text = asked.pop("text")
-        kind = dict(mode="infill", text=text) if BLANK.search(text) else dict(prompt=text)
+        kind = dict(mode="infill", text=text) if LIKE_BLANK.search(text) else dict(prompt=text)
         one = writer.config(**{**usual, **asked, **kind})
         task = writer.task(one, text)
         writer.write(one, task, [0], Watch(one, writer, task, keep))
@@ -434,7 +444,8 @@ def main(cfg):
         about = f"{shorten(texts[0])}; seed {cfg.seed}; {writer.path}, {writer.content['data']['label']}"
         write_file(Path(cfg.html), page([dict(title="", about=about, steps=steps)]))
         log(f"{cfg.html}: {len(steps)} steps to look at, in any browser")
-    log(f"{tokens:,} tokens written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, {len(calls):,} network calls")
+    log(f"{tokens:,} token{'s' * (tokens != 1)} written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, "
+        f"{len(calls):,} network calls")
 
 
 def program():

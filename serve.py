@@ -3,8 +3,8 @@ A page to play with, at 127.0.0.1 alone: a prompt or a text with blanks in, its 
 
     python sample.py --serve
 
-Two addresses: / is page.html, and /write takes one JSON object, {"text": ..., and settings}, and answers with a line of
-JSON for each step, as page.html describes them. One text is written at a time.
+Two addresses: / is viewer.html, and /write takes one JSON object, {"text": ..., and settings}, and answers with a line
+of JSON for each step, as viewer.html describes them. One text is written at a time.
 """
 import json
 import sys
@@ -25,19 +25,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_ours() and self.path == "/":
             self.answer(200, "text/html; charset=utf-8", self.server.page)
         else:
-            self.answer(404, "text/plain", b"there is nothing here but /")
+            self.answer(404, "text/plain", b"there is nothing to read here but /")
 
     def do_POST(self):
         size = self.headers.get("Content-Length", "")
         if not self.is_ours() or self.path != "/write":
             return self.answer(404, "text/plain", b"there is nothing here but /write")
         if not size.isdecimal() or int(size) > MOST:
-            return self.answer(413, "text/plain", f"write at most {MOST:,} bytes".encode())
+            return self.answer(413, "text/plain", f"write 1 to {MOST:,} bytes, and say how many".encode())
         try:
             asked = json.loads(self.rfile.read(int(size)))
             check_fields("the request", asked, **ASKED)
-        except (ValueError, RecursionError, UserError) as error:
+        except (ValueError, RecursionError):
+            return self.answer(400, "text/plain", b"the request is no JSON")
+        except UserError as error:
             return self.answer(400, "text/plain", str(error).encode())
+        asked = {name: asked[name] for name in ASKED}
         if not self.server.free.acquire(blocking=False):
             return self.answer(503, "text/plain", b"another text is being written; wait for it")
         try:
@@ -48,7 +51,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, asked):
         """Answer with the steps in which a text is written, or the mistake in what was asked."""
-        def keep(row):                   # OSError if the page was closed, which ends the writing
+        def keep(row):                   # OSError if the page or the server was closed, which ends the writing
+            if self.server.is_closed:
+                raise ConnectionAbortedError
             self.wfile.write(json.dumps(row).encode() + b"\n")
         try:
             keep({"about": self.server.write(asked, keep)})
@@ -85,9 +90,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
-            raise UserError(f"port={port} cannot be used ({error.strerror}); choose another") from None
+            raise UserError(f"port={port} cannot be used ({error.strerror}); try --port={port % 60_000 + 1}") from None
         self.page, self.write = page, write
-        self.free = threading.Lock()
+        self.free, self.is_closed = threading.Lock(), False
 
     def handle_error(self, request, client_address):
         """Pass over a page that was closed while it was answered."""
@@ -99,4 +104,6 @@ class Server(ThreadingHTTPServer):
         try:
             self.serve_forever()
         except KeyboardInterrupt:
+            self.is_closed = True
+            self.free.acquire(timeout=60)               # a text that is being written ends with its step
             self.server_close()

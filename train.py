@@ -483,7 +483,7 @@ def print_sizes(cfg, net):
     print(f"memory: {(4 * n + 16 * trained) / 1e9:.2f} GB and the activations (peak_gb in the log); checkpoint: "
           f"{16 * (trained if cfg.lora_rank else n) / 1e9:.2f} GB")
     print(f"step: {cfg.batch_tokens:,} tokens = {cfg.micro_batch} sequences x {cfg.block_size} tokens x {processes}"
-          f"{len(cfg.micro_batches())} accumulated; {cfg.max_steps * cfg.batch_tokens / 1e6:,.0f}M tokens in all")
+          f"{len(cfg.micro_batches())} accumulated; {cfg.max_steps * cfg.batch_tokens:,} tokens in all")
 
 
 def print_data(cfg, data, train_data):
@@ -543,7 +543,6 @@ class Log:
         self.cfg, self.file = cfg, file
         self.device, self.wandb_id = device, wandb_id
         self.run, self.last = None, (start, time.perf_counter(), 0.0)
-        self.warned = False                                 # of a run of days
         self.has_bound = bool(file) and truncate_log(file, start)
         if file and cfg.wandb_log:
             import wandb
@@ -560,13 +559,10 @@ class Log:
                    tokens_per_second=self.cfg.batch_tokens * steps / seconds, step_ms=1000 * seconds / steps,
                    data_ms=1000 * waited / steps, peak_gb=mc.peak_gb(self.device))
         left = (self.cfg.max_steps - done) * seconds / steps / 60
-        if left > 2 * 24 * 60 and not self.warned:
-            self.warned = True
-            print(f"warning: this will take {left / 24 / 60:,.0f} days; lower --max_steps", file=sys.stderr)
         try:
             print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
                   "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "
-                  "left {left:.0f} min".format(**row, left=left))
+                  "left {left:,.1f} min".format(**row, left=left))
         except OSError as error:                            # EIO: the terminal was closed, SIGHUP has come
             if isinstance(error, BrokenPipeError):
                 raise
@@ -650,6 +646,10 @@ def train_step(model, optimizer, batches, cfg, step, machine):
             batch = next(batches)
             sync_gradients(model, i == n - 1)
             losses.append(backward(model, batch, machine))
+            days = (time.perf_counter() - clock) * n * (cfg.max_steps - step) / 86_400
+            if i == 0 and days > 2 and not optimizer.state:                 # nothing was learnt yet
+                print(f"warning: this will take about {days:,.0f} days; lower --max_steps, or try config/tiny.py",
+                      file=sys.stderr)
             if time.perf_counter() - clock > HEARTBEAT and i < n - 1:
                 print(f"step {step + 1}: {i + 1} of {n} batches")
                 clock = time.perf_counter()
@@ -730,7 +730,8 @@ def train(cfg, machine):
     if saved < cfg.max_steps:
         print(f"saved step {saved:,} in {cfg.out_dir}; the same command goes on from there")
         return 128 + stop
-    print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={shlex.quote(cfg.out_dir)}")
+    prompt = ' --prompt="..."' if train_data.is_examples else ""
+    print(f"done: step {cfg.max_steps:,}; python sample.py --checkpoint={shlex.quote(cfg.out_dir)}{prompt}")
     return 0
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import UserError, in_range, run
 from data import write_file
 from generate import LONGEST, generators, length_costs
-from sample import Watch, load, page
+from sample import Watch, check_page, load, page
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,11 @@ class Config:
     seq_len: int = 32                # tokens to write after the prompt; 0 is all that the window leaves
     seed: int = 2
     temperature: float = 1.0         # below 1 is safer and duller
-    out: str = "page.html"           # file of the page
+    out: str = "denoisings.html"     # file of the page
 
     def check(self):
         in_range(self, 1, 1e9, "seed")
+        check_page(Path(self.out))
         if not self.prompt.strip():
             raise UserError("prompt is empty; give a text to continue")
 
@@ -61,7 +62,7 @@ def lengths_tried(writer, cfg, task):
 
 
 def record(writer, cfg, title, settings):
-    """A recording of one text: what page.html shows."""
+    """A recording of one text: what viewer.html shows."""
     settings = dict(settings, seed=cfg.seed, temperature=cfg.temperature)
     steps, calls, how = [], [], writer.config(**settings)
     hook = writer.model.register_forward_hook(lambda *_: calls.append(1))

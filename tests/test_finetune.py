@@ -126,7 +126,7 @@ def test_the_answer_is_the_response_and_ends_where_it_ends(answering, length):
         args = ["--temperature=0.1", "--revisions=0", "--json", f"--block_length={length}"]
         out = ask(answering, question, *args)
         assert json.loads(out.stdout)["text"] == response
-        written, calls = (int(re.search(rf"(\d+) {what}", out.stderr)[1]) for what in ("tokens w", "network c"))
+        written, calls = (int(re.search(rf"(\d+) {what}", out.stderr)[1]) for what in ("tokens? w", "network c"))
         blocks = calls if length == 1 else calls / generate.BLOCK_STEPS
         assert 0 <= blocks * length - (written + 1) < 2 * length, (written, calls)      # one token more is for the end
     assert ask(answering, "", "--mode=infill", "--text=the [MASK:1]").stdout.startswith("the")

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ from conftest import ROOT, call, run
 import checkpoint as ckpt
 import diffusion
 import generate as writing
+from configurator import UserError
 import sample as script
 from data import Texts, cut_at_eot
 from generate import Canvas, Decoder, Sampling, bound, generate, generators, plan
@@ -205,7 +207,7 @@ def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
     (["--mode=infill", "--text=@nowhere.txt"], "cannot read nowhere.txt"),
     (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
     (["--mode=infill", "--text=a [MASK:9999999999]"], "a blank of 9999999999 tokens"),
-    (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "not --prompt or --seq_len"),
+    (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "takes --text and no --"),
     (["--text=a [MASK]"], "--text is for --mode=infill"),
     (["--mode=write"], "mode=write is unknown; use one of generate, infill"),
     (["--sampler=euler"], "use one of ddim, ddpm, constrained_ddim"),
@@ -380,3 +382,17 @@ def test_bytes_on_stdin_that_are_no_text_are_refused(base):
     env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([*command, "--prompt=-"], cwd=ROOT, capture_output=True, input=b"abc \xff", env=env)
     assert done.returncode == 2 and b"is not UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_mistakes_in_python_are_those_of_the_command_line(base):
+    writer = script.load(base, "cpu", "float32")
+    for settings, words in ((dict(temprature=1.0), "did you mean temperature?"), (dict(seed="x"), "seed is 'x'"),
+                            (dict(show=1), "show is 1"), (dict(num_samples=2), "this writes one text"),
+                            (dict(steps=2000), "noise levels"), (dict(temperature=0), "out of range")):
+        with pytest.raises(UserError, match=re.escape(words)):
+            writer.generate("the dog", **settings)
+    for text in ("no blank", "a [mask]", "a [MASK:0]"):
+        with pytest.raises(UserError, match="MASK"):
+            writer.infill(text)
+    one, same, other = (writer.generate("the dog", seed=seed, steps=2) for seed in (3, 3, 4))
+    assert one == same != other and isinstance(one, str)

@@ -49,7 +49,8 @@ def ask(server, method="POST", path="/write", body=None, **headers):
 
 def test_the_page_and_the_steps_of_a_text_are_answered(server):
     assert ask(server, "GET", "/") == (200, "the page")
-    status, body = ask(server, Origin=f"http://127.0.0.1:{server.server_port}")
+    odd = json.dumps({**ASKED, "checkpoint": "hf:stranger/x", "export": "/tmp"})           # fields of no use
+    status, body = ask(server, body=odd, Origin=f"http://127.0.0.1:{server.server_port}")
     *steps, last = map(json.loads, body.splitlines())
     assert status == 200 and [noise for noise, _, _ in steps] == [1.0, 0.5] and json.loads(last["about"]) == ASKED
 
@@ -150,3 +151,16 @@ def test_a_stranger_writes_and_fills_in_a_blank_in_a_browser(program, browser, b
     page.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0 and "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_text_is_written_is_a_quiet_end(program):
+    process, address = program
+    asked = {**ASKED, "text": "the dog [MASK:2000] went", "block_length": 1}                # for half a minute
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=20)
+    connection.request("POST", "/write", json.dumps(asked))
+    reply = connection.getresponse()
+    assert reply.readline()                                                                 # it has begun
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0 and process.stderr.read() == ""
+    connection.close()

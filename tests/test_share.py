@@ -216,7 +216,7 @@ def test_exports_that_cannot_be_are_refused(exported, tmp_path):
     for folder, arg, code, words in ((tmp_path / "full", "--seed=1", 2, "is there already"),
                                      (exported, "--seed=1", 2, "is there already"),
                                      (tmp_path / "new", "--steps=1001", 2, "more than the 1000 noise levels"),
-                                     (tmp_path / "new", "--quantize=int8", 2, "leave out mode and quantize"),
+                                     (tmp_path / "new", "--quantize=int8", 2, "leave out --quantize"),
                                      (tmp_path / "file" / "new", "--seed=1", 1, "cannot write export=")):
         assert words in sample(exported, f"--export={folder}", arg, code=code).stderr
     assert not (tmp_path / "new").exists() and (tmp_path / "full" / "thesis.txt").read_text() == "mine"
@@ -357,6 +357,9 @@ def test_a_page_that_cannot_be_written_is_said(base, tmp_path):
     (tmp_path / "thesis.html").write_text("mine")
     assert "and no page of ours" in sample(base, f"--html={tmp_path / 'thesis.html'}", code=2).stderr
     assert (tmp_path / "thesis.html").read_text() == "mine"
+    before = script.PAGE.read_bytes()
+    assert "and no page of ours" in sample(base, f"--html={script.PAGE}", code=2).stderr
+    assert script.PAGE.read_bytes() == before
     for _ in range(2):                                  # one of ours may be replaced
         assert "steps to look at" in sample(base, f"--html={tmp_path / 'page.html'}").stderr
 

@@ -357,8 +357,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another(shards, tmp_path):
     assert (tmp_path / "run" / "ckpt_00000001.pt").read_bytes() == before and len(losses(tmp_path / "run")) == 1
     err = call([*command, "--learning_rate=0.5"], code=2).stderr
     assert "already holds a run, with learning_rate=0.5, was 0.001; continue it with --resume" in err
-    assert "n_layer=3 is 2" in call([*command, "--resume", "--n_layer=3"], code=2).stderr
-    assert "seed=2 is 1" in call([*command, "--resume", "--seed=2"], code=2).stderr
+    assert "n_layer=3 (2): in brackets what the run in" in call([*command, "--resume", "--n_layer=3"], code=2).stderr
+    assert "seed=2 (1)" in call([*command, "--resume", "--seed=2"], code=2).stderr
     out = call([*command, "--resume", "--learning_rate=0.5", "--max_steps=2", "--weight_decay=0.2"])
     content = checkpoint.read(tmp_path / "run" / "ckpt_00000002.pt")
     assert content["optimizer"]["param_groups"][0]["weight_decay"] == 0.2
