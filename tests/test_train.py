@@ -79,6 +79,7 @@ def test_the_gradient_is_of_the_mean_over_the_tokens_that_count(pairs):
     cfg = config("--block_size=32", "--prompt_size=16", "--batch_tokens=512", "--batch_size=16", "--p_single=1",
                  "--p_window=0", "--p_given=0", "--self_conditioning=0")
     data = Dataset(pairs, "train", cfg, 300)
+    torch.manual_seed(0)                                    # vectors that say something by chance cost a percent
     net, p = SunFish(cfg, 300, data.log_unigram()), data.log_unigram().exp()
     bias = [id(x) for x in net.parameters() if x.requires_grad].index(id(net.head.bias))
     loss, _, grads = step(dataclasses.replace(cfg, grad_clip=0), data, net)
