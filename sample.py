@@ -5,6 +5,7 @@ Write with a trained SunFish: freely, after a prompt, or into the blanks of a te
     python sample.py --num_samples=4 --seq_len=64 --block_length=16
     python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."   # any length; 3 tokens
     python sample.py --checkpoint=out/instruct --prompt "Name three colours."          # trained to answer
+    python sample.py --serve                                                           # in a browser
 
 Samples go to stdout and all else to stderr. A prompt may be @FILE, one prompt a line, or - for stdin.
 """
@@ -409,7 +410,7 @@ def serve(cfg, given, writer):
         one = writer.config(**{**usual, **asked, **kind})
         task = writer.task(one, text)
         writer.write(one, task, [0], Watch(one, writer, task, keep))
-        return f"{task.plan.num_blocks} x {task.plan.steps} steps and {task.plan.revisions} revisions, seed {one.seed}"
+        return f"{task.plan.num_blocks} x {task.plan.steps} steps, at most {task.plan.revisions} revisions, seed {one.seed}"
     server = Server(cfg.port, page([]), write)
     log(f"{writer.path}: open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends this")
     server.run()
