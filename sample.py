@@ -410,7 +410,8 @@ def serve(cfg, given, writer):
         one = writer.config(**{**usual, **asked, **kind})
         task = writer.task(one, text)
         writer.write(one, task, [0], Watch(one, writer, task, keep))
-        return f"{task.plan.num_blocks} x {task.plan.steps} steps, at most {task.plan.revisions} revisions, seed {one.seed}"
+        how = f"{task.plan.num_blocks} x {task.plan.steps} steps, at most {task.plan.revisions} revisions"
+        return f"{how}, seed {one.seed}"
     server = Server(cfg.port, page([]), write)
     log(f"{writer.path}: open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends this")
     server.run()
