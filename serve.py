@@ -43,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = {name: asked[name] for name in ASKED}
         if not self.server.free.acquire(blocking=False):
             return self.answer(503, "text/plain", b"another text is being written; wait for it")
+        self.server.writing = threading.current_thread()
         try:
             self.answer(200, "application/x-ndjson")
             self.stream(asked)
@@ -93,6 +94,7 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"port={port} cannot be used ({error.strerror}); try --port={port % 60_000 + 1}") from None
         self.page, self.write = page, write
         self.free, self.is_closed = threading.Lock(), False
+        self.writing = None                             # the thread of the last text
 
     def handle_error(self, request, client_address):
         """Pass over a page that was closed while it was answered."""
@@ -105,5 +107,6 @@ class Server(ThreadingHTTPServer):
             self.serve_forever()
         except KeyboardInterrupt:
             self.is_closed = True
-            self.free.acquire(timeout=60)               # a text that is being written ends with its step
             self.server_close()
+            if self.writing:
+                self.writing.join(60)                   # its text ends with the step
