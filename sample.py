@@ -317,18 +317,18 @@ class Writer:
 
     def generate(self, prompt="", **settings):
         """What follows a prompt, or answers an instruction."""
-        return self.one(self.config(prompt=prompt, **settings), prompt)
+        return self.one(self.config(prompt=prompt, **settings))
 
     def infill(self, text, **settings):
         """A text whose blanks, [MASK] (1 to 12 tokens, as fits) and [MASK:n] (n), are filled in."""
-        return self.one(self.config(mode="infill", text=text, **settings), text)
+        return self.one(self.config(mode="infill", text=text, **settings))
 
-    def one(self, cfg, text):
-        """One sample of a prompt or a text with blanks; UserError if more are asked for."""
+    def one(self, cfg, keep=None):
+        """One sample, whose steps `keep` is shown as by a Watch; UserError if more are asked for."""
         if cfg.num_samples > 1:
             raise UserError(f"num_samples={cfg.num_samples}, but this writes one text; call it with other seeds")
-        task = self.task(cfg, text)
-        return self.write(cfg, task, [0], Watch(cfg, self, task))[0]
+        task = self.task(cfg)
+        return self.write(cfg, task, [0], Watch(cfg, self, task, keep))[0]
 
     def config(self, **settings):
         """The Config of what is given, checked, with a seed."""
@@ -341,16 +341,16 @@ class Writer:
         cfg.check()
         return cfg if cfg.seed else replace(cfg, seed=secrets.randbelow(10**6) + 1)
 
-    def task(self, cfg, text):
+    def task(self, cfg):
         """The Task of a prompt or, with mode=infill, of a text with blanks."""
         pieces, spaced = [], [False]
         if cfg.mode == "infill":
-            pieces, spaced = read_blanks(text, self.tokenizer.encode_ordinary)
+            pieces, spaced = read_blanks(cfg.text, self.tokenizer.encode_ordinary)
             pieces[0] = [self.eot] * self.begins + pieces[0]
             idx, known = to_canvas(pieces)
             canvas = infill_canvas(idx[None], known, int((~known).nonzero()[0]), self.model.cfg)[1]
         else:
-            ids = encode_prompt(text, self.tokenizer, self.answers, self.begins)
+            ids = encode_prompt(cfg.prompt, self.tokenizer, self.answers, self.begins)
             canvas = prompt_canvas(ids, cfg.seq_len, self.model.cfg)
         return Task(canvas, plan(cfg, self.model.cfg, canvas.known), pieces, spaced)
 
@@ -377,7 +377,7 @@ class Writer:
 
 # ---- the program ----
 
-def say_what(cfg, given, writer, texts, task):
+def say_what(cfg, given, writer, task):
     """What is about to be done, by which network, and what is odd about it."""
     names = {0: "the whole window at once", 1: "one token at a time"}
     block = names.get(cfg.block_length, f"blocks of {cfg.block_length} tokens")
@@ -392,7 +392,7 @@ def say_what(cfg, given, writer, texts, task):
     times = f"{task.plan.num_blocks} x {task.plan.steps} step{'s' * (task.plan.steps > 1)}{again}"
     log(f"{path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {times}, {device}, "
         f"{str(writer.model.dtype)[6:]}, seed {cfg.seed}")
-    if not all(map(str.strip, texts)):
+    if not (cfg.prompt or cfg.text).strip():
         log("no prompt: the samples are unconditional")
         if "guidance_scale" in given:
             log(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")
@@ -408,10 +408,8 @@ def serve(cfg, given, writer):
         text = asked.pop("text")
         kind = dict(mode="infill", text=text) if LIKE_BLANK.search(text) else dict(prompt=text)
         one = writer.config(**{**usual, **asked, **kind})
-        task = writer.task(one, text)
-        writer.write(one, task, [0], Watch(one, writer, task, keep))
-        how = f"{task.plan.num_blocks} x {task.plan.steps} steps, at most {task.plan.revisions} revisions"
-        return f"{how}, seed {one.seed}"
+        writer.one(one, keep)
+        return f"seed {one.seed}"
     server = Server(cfg.port, page([]), write)
     log(f"{writer.path}: open http://127.0.0.1:{server.server_port} in a browser; Ctrl-C ends this")
     server.run()
@@ -424,16 +422,15 @@ def main(cfg):
     cfg = writer.config(**{name: getattr(cfg, name) for name in given})
     if cfg.serve:
         return serve(cfg, given, writer)
-    texts = [read_text(cfg.text)] if cfg.mode == "infill" else read_prompts(cfg.prompt)
-    tasks = [writer.task(cfg, text) for text in texts]
+    cfgs = [replace(cfg, prompt=prompt, text=read_text(cfg.text)) for prompt in read_prompts(cfg.prompt)]
+    tasks = [writer.task(cfg) for cfg in cfgs]
     if cfg.export:
-        return export_network(cfg, writer.path, writer.content, writer.write(cfg, tasks[0], [0])[0])
-    say_what(cfg, given, writer, texts, tasks[0])
+        return export_network(cfg, writer.path, writer.content, writer.one(cfgs[0]))
+    say_what(cfgs[0], given, writer, tasks[0])
     clock, calls = time.perf_counter(), []
     tokens, steps = 0, []
     writer.model.register_forward_hook(lambda *_: calls.append(1))
-    for text, task in zip(texts, tasks, strict=True):
-        cfg = cfg if cfg.mode == "infill" else replace(cfg, prompt=text)
+    for cfg, task in zip(cfgs, tasks, strict=True):
         for first in range(0, cfg.num_samples, cfg.batch_size):
             numbers = range(first, min(first + cfg.batch_size, cfg.num_samples))
             is_kept = cfg.html and first == 0 and task is tasks[0]
@@ -443,7 +440,8 @@ def main(cfg):
             tokens += watch.written
     seconds = time.perf_counter() - clock
     if cfg.html:
-        about = f"{shorten(texts[0])}; seed {cfg.seed}; {writer.path}, {writer.content['data']['label']}"
+        begin = shorten(cfgs[0].prompt or cfgs[0].text)
+        about = f"{begin}; seed {cfg.seed}; {writer.path}, {writer.content['data']['label']}"
         write_file(Path(cfg.html), page([dict(title="", about=about, steps=steps)]))
         log(f"{cfg.html}: {len(steps)} steps to look at, in any browser")
     log(f"{tokens:,} token{'s' * (tokens != 1)} written in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, "

@@ -490,7 +490,7 @@ def print_data(cfg, data, train_data):
     """Print what a run learns from."""
     print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
           f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
-    if train_data.is_examples and not cfg.init_from:
+    if train_data.is_examples and not cfg.init_from and mc.rank() == 0:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
 
@@ -536,6 +536,12 @@ def open_out_dir(cfg, data):
 
 # ---- the log ----
 
+def duration(seconds):
+    """Seconds in words; of more than two days, what to do about them."""
+    days = seconds / 86_400
+    return f"{days:,.0f} days (fewer with a lower --max_steps)" if days > 2 else f"{seconds / 60:.1f} min"
+
+
 class Log:
     """The log in out_dir/log.jsonl, without rows after step `start`, on the terminal and in Weights & Biases."""
 
@@ -558,11 +564,11 @@ class Log:
         row = dict(step=done, loss=loss, lr=lr, grad_norm=grad_norm,
                    tokens_per_second=self.cfg.batch_tokens * steps / seconds, step_ms=1000 * seconds / steps,
                    data_ms=1000 * waited / steps, peak_gb=mc.peak_gb(self.device))
-        left = (self.cfg.max_steps - done) * seconds / steps / 60
+        left = duration((self.cfg.max_steps - done) * seconds / steps)
         try:
             print(f"step {done}/{self.cfg.max_steps} loss {loss:.3f} lr {lr:.2e} grad {grad_norm:.2f} "
                   "{tokens_per_second:,.0f} tokens/s step {step_ms:.0f} ms data {data_ms:.0f} ms peak {peak_gb:.2f} GB "
-                  "left {left:,.1f} min".format(**row, left=left))
+                  "left {left}".format(**row, left=left))
         except OSError as error:                            # EIO: the terminal was closed, SIGHUP has come
             if isinstance(error, BrokenPipeError):
                 raise
@@ -640,19 +646,16 @@ def train_step(model, optimizer, batches, cfg, step, machine):
     """One optimizer step: (mean loss of a token in nats, norm of the gradient); Fault, before the update, if they are
     not finite or memory does not suffice."""
     n, losses = len(cfg.micro_batches()), []
-    clock = time.perf_counter()
+    begun = clock = time.perf_counter()
     try:
         for i in range(n):
             batch = next(batches)
             sync_gradients(model, i == n - 1)
             losses.append(backward(model, batch, machine))
-            days = (time.perf_counter() - clock) * n * (cfg.max_steps - step) / 86_400
-            if i == 0 and days > 2 and not optimizer.state:                 # nothing was learnt yet
-                print(f"warning: this will take about {days:,.0f} days; lower --max_steps, or try config/tiny.py",
-                      file=sys.stderr)
             if time.perf_counter() - clock > HEARTBEAT and i < n - 1:
-                print(f"step {step + 1}: {i + 1} of {n} batches")
                 clock = time.perf_counter()
+                left = (clock - begun) / (i + 1) * n * (cfg.max_steps - step)
+                print(f"step {step + 1}: {i + 1} of {n} batches, left {duration(left)}")
     except torch.OutOfMemoryError:
         raise Fault(f"out of memory with {cfg.micro_batch} sequences of {cfg.block_size} tokens, peak "
                     f"{mc.peak_gb(machine.device):.1f} GB; halve batch_size (the step stays the same)") from None

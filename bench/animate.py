@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import in_range, run
 from data import write_file
 from sample import Config as Sample
-from sample import Watch, load
+from sample import load
 
 COLUMNS, LINE, CHAR = 84, 24, 8.43       # characters in a line; height of a line and width of a character in pixels
 SECONDS, PAUSE = 0.3, 3.0                # a step stands so long, the last one longer
@@ -89,9 +89,7 @@ def picture(steps):
 def main(cfg):
     writer, steps = load(cfg.checkpoint, "cpu", "float32"), []
     given = {name: getattr(cfg, name) for name in {*cfg.given, "prompt", "seq_len", "seed"} - {"out"}}
-    how = writer.config(**given)
-    task = writer.task(how, how.text or how.prompt)
-    text, = writer.write(how, task, [0], Watch(how, writer, task, steps.append))
+    text = writer.one(writer.config(**given), steps.append)
     write_file(Path(cfg.out), picture(steps).encode())
     print(textwrap.shorten(f"{cfg.out}: {len(steps)} steps, {Path(cfg.out).stat().st_size:,} bytes: {text}", 200))
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import UserError, in_range, run
 from data import write_file
 from generate import LONGEST, generators, length_costs
-from sample import Watch, check_page, load, page
+from sample import check_page, load, page
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def command(cfg, settings):
     return shlex.join(["python", "sample.py", f"--checkpoint={cfg.checkpoint}", *words])
 
 
-def lengths_tried(writer, cfg, task):
+def lengths_tried(writer, cfg):
     """What each length of an open blank costs, in words."""
-    lengths = range(1, LONGEST + 1)
-    costs = length_costs(writer.model, task.pieces, task.pieces.index(0), lengths, cfg,
+    lengths, pieces = range(1, LONGEST + 1), writer.task(cfg).pieces
+    costs = length_costs(writer.model, pieces, pieces.index(0), lengths, cfg,
                          lambda: generators(writer.model.wte.device, cfg.seed, [0])[0])
     return "nats a token behind it: " + ", ".join(f"{n}: {cost:.2f}" for n, cost in zip(lengths, costs, strict=True))
 
@@ -66,10 +66,9 @@ def record(writer, cfg, title, settings):
     settings = dict(settings, seed=cfg.seed, temperature=cfg.temperature)
     steps, calls, how = [], [], writer.config(**settings)
     hook = writer.model.register_forward_hook(lambda *_: calls.append(1))
-    task = writer.task(how, how.text or how.prompt)
-    text, = writer.write(how, task, [0], Watch(how, writer, task, steps.append))
+    text = writer.one(how, steps.append)
     hook.remove()
-    tried = f"; {lengths_tried(writer, how, task)}" if 0 in task.pieces else ""
+    tried = f"; {lengths_tried(writer, how)}" if "[MASK]" in how.text else ""
     print(f"{title}, {len(calls)} network calls: {' '.join(text.split())}")
     about = f"{command(cfg, settings)}; {len(calls)} network calls{tried}; {writer.content['data']['label']}"
     return dict(title=f"{title}: {len(calls)} network calls", about=about, steps=steps)

@@ -7,6 +7,8 @@ it), and the death of a machine among several.
 """
 import contextlib
 import errno
+import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -388,13 +390,20 @@ def test_a_slow_loader_shows_in_the_line_of_the_log(command, tmp_path, monkeypat
 def test_a_slow_step_says_how_far_it_is_and_a_run_of_days_is_warned_about(command, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HEARTBEAT", 0)
     out = call([*command, "--max_steps=1"])
-    assert "step 1: 1 of 2 batches\n" in out.stdout and "step 1: 2 of 2" not in out.stdout and not out.stderr
-    def stop(*_):
-        raise configurator.Fault("enough")
-    monkeypatch.setattr(train, "update_ema", stop)
-    err = call([*command, "--max_steps=1000000000", f"--out_dir={tmp_path / 'long'}"], 1).stderr
-    days, = re.findall(r"warning: this will take about ([\d,]+) days; lower --max_steps", err)
-    assert 10 < int(days.replace(",", "")) < 100_000
+    assert re.search(r"\nstep 1: 1 of 2 batches, left 0\.\d min\n", out.stdout)
+    assert "step 1: 2 of 2" not in out.stdout and not out.stderr
+
+    seconds = itertools.count(step=60)                      # minutes, each look at the clock one: two a batch
+    monkeypatch.setattr(time, "perf_counter", lambda: next(seconds))
+    machine, data = SimpleNamespace(device=torch.device("cpu")), iter([SimpleNamespace(step_tokens=1)] * 4)
+    monkeypatch.setattr(train, "backward", lambda *_: torch.ones(()))
+    cfg, net = train.Config(batch_size=1, batch_tokens=4 * 512, max_steps=10_000), torch.nn.Linear(1, 1)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train.train_step(net, torch.optim.SGD(net.parameters()), data, cfg, 5000, machine)
+    left = "left 28 days (fewer with a lower --max_steps)"  # 2 min x 4 x 5,000 are 27.8 days
+    assert said.getvalue() == "".join(f"step 5001: {i} of 4 batches, {left}\n" for i in (1, 2, 3))
+    assert train.duration(2 * 86_400) == "2880.0 min"
+    assert train.duration(45.2 * 86_400) == "45 days (fewer with a lower --max_steps)"
 
 
 @pytest.mark.parametrize("how, words", [

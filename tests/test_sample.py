@@ -180,7 +180,7 @@ def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base
     assert write(base, "--mode=infill", f"--text=@{tmp_path / 'text.txt'}").stdout.startswith("the dog")
     writer = script.load(base, "cpu", "float32")
     ids, err, kept = writer.tokenizer.encode_ordinary("the dog sea"), io.StringIO(), []
-    watch = script.Watch(script.Config(show=True, mode="infill"), writer, writer.task(script.Config(), ""), kept.append)
+    watch = script.Watch(script.Config(show=True, mode="infill"), writer, writer.task(script.Config()), kept.append)
     watch.begin(0, torch.arange(len(ids)) < 1, 1)
     with contextlib.redirect_stderr(err):
         watch(250, torch.tensor([ids]), torch.tensor([1]), torch.zeros(1, 1, 300))
