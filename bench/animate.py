@@ -1,7 +1,7 @@
 """
 A moving picture of a text that is denoised, as an SVG that a README or a slide can show.
 
-    python bench/animate.py --checkpoint=out/tiny --prompt="Once there was a brave mouse" --out=denoising.svg
+    python bench/animate.py --prompt="Once there was a brave mouse named Ada." --out=denoising.svg
 
 Bold is given, dots are noise, and the fainter a word the less sure the network is of it.
 """

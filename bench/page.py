@@ -1,7 +1,7 @@
 """
 One page on which several denoisings can be watched: the window, blocks, the autoregressive limit, a blank.
 
-    python bench/page.py --checkpoint=out/tiny --prompt="Once there was a brave mouse" --text="Ada was a brave [MASK]."
+    python bench/page.py --prompt="Once there was a brave mouse" --text="Ada was a brave [MASK]."
 
 Each is written with the same seed by the same network; the number of its calls stands beside it.
 """
@@ -20,7 +20,7 @@ from sample import check_page, load, page
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = "out/tiny"     # network that writes
+    checkpoint: str = ""             # network that writes; "": pretrained/fables
     prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."     # text to continue
     text: str = "Ada was a brave [MASK] who lived near the mill. It had rained all night."     # text with one blank
     seq_len: int = 32                # tokens to write after the prompt; 0 is all that the window leaves
@@ -49,8 +49,8 @@ def kinds(cfg):
 
 def command(cfg, settings):
     """The command line that writes the same."""
-    words = [f"--{name}={value}" for name, value in settings.items()]
-    return shlex.join(["python", "sample.py", f"--checkpoint={cfg.checkpoint}", *words])
+    settings = dict(checkpoint=cfg.checkpoint, **settings) if cfg.checkpoint else settings
+    return shlex.join(["python", "sample.py", *(f"--{name}={value}" for name, value in settings.items())])
 
 
 def lengths_tried(writer, cfg):
