@@ -9,8 +9,8 @@ The training loss says neither.
 2. Samples: perplexity under a judge, an autoregressive model of the same tokens. Alone it is fooled by dull text,
 so it stands beside the entropy of a sample's own tokens (Zheng et al. 2024), distinct n-grams (Li et al. 2016),
 repetition, spelling, MAUVE (Pillutla et al. 2021), and the same row for real text and for text without any context.
-3. Conditioning: whether a continuation fits its own prompt better than another's, and whether a filled blank fits
-its text.
+3. Conditioning: whether a continuation fits its own prompt better than another's, whether a filled blank fits its
+text, and, of a --text, how often the last word of a document is guessed (LAMBADA, Paperno et al. 2016).
 """
 import collections
 import itertools
@@ -109,18 +109,36 @@ class Bench(NamedTuple):
     stories: frozenset = frozenset()                # of the training split, if it is of fables: then the grammar judges
 
 
-def read_windows(path, tokenizer, block_size):
-    """The text, each document behind an end-of-text, cut to windows (N, block_size), the rest dropped."""
+def read_documents(path):
+    """The documents of a .jsonl file, one in each line under the key "text", or of a .txt file, which is one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         documents = [json.loads(line)["text"] for line in text.splitlines()] if path.endswith("l") else [text]
-        ids = [i for document in documents for i in (tokenizer.eot_token, *tokenizer.encode_ordinary(document))]
+        return list(map("".join, documents))                    # TypeError for what is no string
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"cannot read text={path} ({error}); name a .jsonl file with a text in each line, or a .txt "
                         "file") from None
+
+
+def read_windows(path, tokenizer, block_size):
+    """The text, each document behind an end-of-text, cut to windows (N, block_size), the rest dropped."""
+    ids = [i for document in read_documents(path) for i in (tokenizer.eot_token, *tokenizer.encode_ordinary(document))]
     if len(ids) < block_size:
         raise UserError(f"{path} has {len(ids)} tokens, less than a window of {block_size}; give it more text")
     return torch.tensor(ids[:len(ids) // block_size * block_size]).view(-1, block_size)
+
+
+def read_last_words(path, tokenizer, block_size):
+    """Of each document the tokens up to the end of its last word, as many as a window holds, (1, T), and how many of
+    them are that word's (Paperno et al. 2016). Documents of less than ten words are left out."""
+    found = []
+    for document in read_documents(path):
+        before, word = re.match(r"(?s)(.*?)(\s?[^\W_]*)[\W_]*\Z", document).groups()
+        ids = tokenizer.encode_ordinary(word)
+        if word and len(before.split()) >= 10 and len(ids) < block_size:
+            idx = [*tokenizer.encode_ordinary(before), *ids]
+            found.append((torch.tensor([idx[-block_size:]]), len(ids)))
+    return found
 
 
 def open_data(dataset, content, cfg, split="val"):
@@ -663,6 +681,28 @@ def single_tokens(cfg, bench):
     return table
 
 
+def last_words(cfg, bench):
+    passages = read_last_words(cfg.text, bench.tokenizer, bench.windows.size(1))[:cfg.pairs]
+    commonest = bench.model.log_unigram.argmax().item()
+    guesses = {"commonest token": lambda idx, known: torch.full_like(idx, commonest)}
+    for name, length in (("SunFish, token by token", 1), ("SunFish, the word at once", 0)):
+        settings = replace(bench.settings, block_length=length, eta=0.0)
+        guesses[name] = partial(fill, bench.model, settings, seed=cfg.seed)
+    for name, twin in bench.twins.items():
+        guesses[f"{name} twin"] = partial(lambda twin, idx, known: twin.predict(idx, ~known[None]).argmax(-1), twin)
+    table = []
+    for name, guess in guesses.items():
+        right = []
+        for idx, n in passages:
+            known = torch.arange(idx.size(1)) < idx.size(1) - n
+            right.append(bool((guess(idx=idx, known=known) == idx)[:, ~known].all()))
+        table.append({"guessed_by": name, **mean("right", torch.tensor(right))})
+    print(f"\n6. LAST WORDS of {len(passages)} documents, after what stands before them in a window; the share that is "
+          "guessed in full,\ngiven the number of its tokens.")
+    show(table, "guessed_by: right:.3f right_error:.3f")
+    return table
+
+
 def picture(rows, path):
     """Perplexity under the judge against entropy: a line through the temperatures of each system, as a PNG."""
     try:
@@ -700,7 +740,7 @@ def main(cfg):
           f"{cfg.text or f'the validation split of {cfg.dataset}'}\n")
     result = {"checkpoint": str(path), "step": content["step"], "settings": asdict(cfg)}
     sections = [likelihood, *[samples] * bool(cfg.samples), *[prompting, blanks] * bool(cfg.pairs and bench.judge),
-                *[single_tokens] * bool(cfg.pairs)]
+                *[single_tokens] * bool(cfg.pairs), *[last_words] * bool(cfg.pairs and cfg.text)]
     for section in sections:
         result[section.__name__] = section(cfg, bench)
         if cfg.out:                             # after each, so that a run that is stopped leaves what it had

@@ -125,6 +125,29 @@ def test_conditioning_on_windows_of_one_token_each(small, capsys):
     assert "PROMPTS: 10 held-out prompts of 3 tokens, continued by 9" in capsys.readouterr().out
 
 
+def test_last_words_are_those_that_the_tokens_end_with_and_a_trained_network_guesses_them(tmp_path):
+    import random
+
+    import checkpoint as ckpt
+    import fables
+    path, content = ckpt.find_network(str(ROOT / "pretrained/fables"))
+    tokenizer, model = get_tokenizer(content["data"]["tokenizer"]), ckpt.load_model(content)
+    told = [fables.draw(random.Random(seed))[0] for seed in range(12)]
+    file = tmp_path / "told.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in [*told, "too short to say."]))
+    passages = quality.read_last_words(str(file), tokenizer, 96)
+    assert len(passages) == 12
+    for (idx, n), text in zip(passages, told, strict=True):
+        assert tokenizer.decode(idx[0, -n:].tolist()).strip() == text.rstrip('".!?').split()[-1].strip('"')
+        assert text.startswith(tokenizer.decode(idx[0].tolist())) and idx.size(1) <= 96
+    cfg = quality.Config(text=str(file), pairs=12)
+    bench = quality.Bench(model, Sampling(**ckpt.usual(content)), tokenizer, torch.zeros(1, 96), None, None,
+                          {"causal": Judge(uniform(model.wte.shape[0]))})
+    commonest, single, at_once, twin = (row["right"] for row in quality.last_words(cfg, bench))
+    assert min(single, at_once) > 0.4 > commonest
+    assert twin == 0                                            # the row that this judge gets wrong
+
+
 def test_what_is_known_stays_and_each_row_follows_its_own_prompt(small):
     idx, settings = torch.randint(50, (5, 12), generator=generator("cpu", "idx")), Sampling(block_length=4, steps=3)
     known = torch.arange(12) % 3 > 0
