@@ -56,7 +56,7 @@ class Fault(Exception):
 def run(main, Config):
     """Call main(settings) and end the program with its exit code; the only place that catches UserError and Fault."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(line_buffering=True)         # a log file or a pipe gets each line at once
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")       # a log or a pipe gets each line at once
     try:
         code = main(load(Config))
     except UserError as error:

@@ -198,7 +198,7 @@ def local_tensor(x):
 
 
 def catch_signals():
-    """A list that receives the first SIGINT, SIGTERM or SIGHUP; the loop then saves and leaves. A second one kills."""
+    """A list that receives SIGINT, SIGTERM and SIGHUP; the loop then saves and leaves. The same again kills."""
     caught = []
 
     def note(number, frame):

@@ -36,6 +36,7 @@ from serve import Server
 BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
 LIKE_BLANK = re.compile(r"(?i)\[\s*mask[^\]]{0,20}\]")
 MARK = "<|endoftext|>"            # before a document
+SPELLED = 0.7                     # tokens a byte, from which on a text is said to be spelled rather than read
 PAGE = Path(__file__).with_name("viewer.html")
 PRETRAINED = Path(__file__).with_name("pretrained") / "fables"              # writes where no other network is named
 BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
@@ -392,7 +393,15 @@ def say_what(cfg, given, writer, task):
     times = f"{task.plan.num_blocks} x {task.plan.steps} step{'s' * (task.plan.steps > 1)}{again}"
     log(f"{path}: step {step:,}, trained on {label}; {block}{spread}, {cfg.sampler}, {times}, {device}, "
         f"{str(writer.model.dtype)[6:]}, seed {cfg.seed}")
-    if not (cfg.prompt or cfg.text).strip():
+    size = writer.model.cfg.block_size
+    if cfg.block_length > size and "block_length" in given:
+        log(f"warning: block_length={cfg.block_length}, but the window has {size} tokens, which are one block then; "
+            "--block_length=0 is the window in more steps")
+    said = BLANK.sub("", cfg.prompt or cfg.text)
+    if len(writer.tokenizer.encode_ordinary(said)) > SPELLED * len(said.encode()) > 4:
+        log("warning: the network was trained on text of other words or another language: it reads this letter by "
+            "letter, and hardly understands it")
+    if not said.strip():
         log("no prompt: the samples are unconditional")
         if "guidance_scale" in given:
             log(f"warning: without a prompt guidance_scale={cfg.guidance_scale} has nothing to guide")

@@ -175,6 +175,17 @@ def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
     assert "has nothing to guide" in write(base, "--guidance_scale=2").stderr
 
 
+def test_prompts_in_letters_of_another_language_and_blocks_longer_than_the_window_are_remarked_on(base):
+    assert "letter by letter" in write(base, "--prompt", "\u0416\u0438\u043b\u0430").stderr
+    assert "window has 16 tokens" in write(base, "--block_length=17").stderr
+    assert "warning" not in write(base, "--prompt", "the old dog went home").stderr
+
+
+def test_a_terminal_that_knows_no_such_letters_gets_a_question_mark(base):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert write(base, "--prompt", "the d\u00f6g", run=run, env=ascii_only).stdout.startswith("the d?g")
+
+
 def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base, tmp_path):
     (tmp_path / "text.txt").write_text("the dog [MASK:2] home\n")
     assert write(base, "--mode=infill", f"--text=@{tmp_path / 'text.txt'}").stdout.startswith("the dog")
