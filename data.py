@@ -27,7 +27,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words
 HUB = ("fineweb", "fineweb-edu")            # data sets of HuggingFaceFW
-EMBEDDED = ("fables", "pydoc")              # sources that need no network
+EMBEDDED = "fables"                         # a source that needs no network
 OFFLINE = "go offline: python prepare_fineweb.py --source=fables"
 COUNTS = ("documents", "replaced", "train_tokens", "val_tokens")
 META = {"label": str, "licence": str, "kind": str, "tokenizer": dict, "vocab_size": (int, 2, 2**16), "shards": list,
@@ -136,13 +136,13 @@ def fingerprint_shards(tokenizer, shards):
 
 def find_dataset(names, root="data"):
     """The first folder of `names` ("fineweb,fables": in `root`, or paths) with finished shards. If there is none: None
-    if an embedded corpus, which the caller may prepare, is among the names, else UserError."""
+    if the embedded corpus, which the caller may prepare, is among the names, else UserError."""
     items = [item.strip() for item in names.split(",")]
     for item in items:
         for folder in (Path(root, item), Path(item)):
             if any(folder.glob("*train*.bin")) and all(part["finished"] for part in read_parts(folder).values()):
                 return folder
-    if {*items} & {*EMBEDDED}:
+    if EMBEDDED in items:
         return None
     source = items[0] if items[0] in HUB else f"FILE --out={Path(root, items[0])}"
     raise UserError(f"no data for {names} in {root}/; run python prepare_fineweb.py --source={source}, or {OFFLINE}")

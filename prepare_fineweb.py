@@ -11,7 +11,6 @@ are examples, and so are chats, "messages" with role and content, the last of wh
 the instruction and closes the response. meta.json (meta_p000.json for part 0) is replaced after each training shard; a
 killed run goes on from it, to the same result. data.py describes the shards.
 """
-import ast
 import base64
 import collections
 import contextlib
@@ -44,12 +43,11 @@ FABLES = 100_000                         # stories of the embedded corpus, 7M to
 RECORDS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "", "response"))
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 LONGEST = 2**26                          # characters of a line, or of a text file, that are read at a time
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "fineweb"          # fineweb, fineweb-edu, fables, pydoc, or a file, folder or glob
+    source: str = "fineweb"          # fineweb, fineweb-edu, fables, or a file, folder or glob
     tokenizer: str = ""              # gpt2; corpus: trained on it; a folder: its own; "": gpt2, corpus if embedded
     vocab_size: int = 4096           # ids of a corpus tokenizer
     max_tokens: str = "1B"           # training tokens at most, like 100M or 2B; 0: all
@@ -116,7 +114,7 @@ def open_meta(cfg, path):
     folder, parts = path.parent, read_parts(path.parent)
     recorded = next((part["settings"] for part in parts.values()), {})
     revision, documents = open_source(cfg.source, cfg.revision or recorded.get("revision"), cfg.subset)
-    kind = cfg.tokenizer or ("corpus" if cfg.source in EMBEDDED else "gpt2")
+    kind = cfg.tokenizer or ("corpus" if cfg.source == EMBEDDED else "gpt2")
     spec = None if kind == "corpus" else read_tokenizer(kind)
     of_folder = hashlib.blake2b(json.dumps(spec).encode(), digest_size=8).hexdigest()   # another path may lead there
     settings = {"source": Path(cfg.source).name, "revision": revision, "subset": cfg.subset,
@@ -154,7 +152,6 @@ def new_meta(cfg, settings, spec, documents):
         raise UserError(f"no tokens in source={cfg.source}; give it text that is not blank")
     spec = spec or train_tokenizer(itertools.chain(first, itertools.chain.from_iterable(documents)), cfg.vocab_size)
     known = {"fables": ("very short stories out of a grammar, the embedded corpus", "MIT"),
-             "pydoc": ("this Python's own documentation", "PSF-2.0"),
              **{name: (f"HuggingFaceFW/{name} {cfg.subset}", "ODC-By 1.0") for name in HUB}}
     about, licence = known.get(cfg.source, ("text of your own", "yours"))
     name, revision = settings["source"], settings["revision"]
@@ -341,8 +338,6 @@ def open_source(source, revision="", subset="", part=(0, 1)):
     if source == "fables":
         rng = random.Random(1)
         revision, documents = f"{FABLES:,} stories", ((fables.draw(rng)[0],) for _ in range(FABLES))
-    elif source == "pydoc":
-        revision, documents = f"Python {sys.version.split()[0]}", read_pydoc()
     elif source in HUB:
         documents = read_hub(f"HuggingFaceFW/{source}", revision, subset, part)
         revision = next(documents)
@@ -442,34 +437,6 @@ def read_rows(path, suffix):
             if len(line) == LONGEST:
                 raise ValueError(f"a line of more than {LONGEST:,} characters")
             yield json.loads(line) if line.strip() else {"text": line}
-
-
-@functools.cache
-def read_pydoc():
-    """The prose in each topic and module of this Python's documentation, no paragraph twice."""
-    from pydoc_data.topics import topics
-    texts = [topics[name] for name in sorted(topics)]
-    stdlib, skipped = Path(os.__file__).parent, {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    for path in sorted(stdlib.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(stdlib).parts):
-            nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, DOCUMENTED)]
-            texts.append("\n\n".join(ast.get_docstring(node) or "" for node in nodes))
-    documents, seen = [], set()
-    for text in texts:
-        blocks = filter(is_prose, re.split(r"\n\s*\n", text))
-        paragraphs = dict.fromkeys(" ".join(block.split()) for block in blocks)
-        documents.append(("\n\n".join(paragraph for paragraph in paragraphs if paragraph not in seen),))
-        seen.update(paragraphs)
-    return documents
-
-
-def is_prose(block):
-    """Whether a block is sentences, not a table, signature, list, doctest or underlined title."""
-    if re.search(r">>>|\.\.\. |\S {3,}\S|::=|->|[=_*#|~-]{3}|[{}\\<>|@]|^\s*[-*+:|\d]|\w+ -- ", block, re.M):
-        return False
-    words = block.split()
-    plain = sum(bool(re.fullmatch(r"[\"'(]?[A-Za-z][a-z'-]*[)\"']?[.,;:?!)]*", word)) for word in words)
-    return len(words) >= 8 and plain >= 0.75 * len(words) and bool(re.match(r"[A-Z].*[.?!:]$", " ".join(words)))
 
 
 def program():

@@ -277,10 +277,9 @@ def open_data(cfg, base=None):
     """(what a checkpoint keeps of the data, training Dataset, validation Dataset); UserError if there are none, or if
     they do not fit the network `base`."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and find_dataset(cfg.dataset) is None:
-        source = next(name for name in EMBEDDED if name in cfg.dataset)
-        print(f"no data yet: preparing the embedded corpus, {source}", file=sys.stderr)
+        print(f"no data yet: preparing the embedded corpus, {EMBEDDED}", file=sys.stderr)
         script = Path(__file__).with_name("prepare_fineweb.py")
-        if subprocess.run([sys.executable, script, f"--source={source}"]).returncode:
+        if subprocess.run([sys.executable, script, f"--source={EMBEDDED}"]).returncode:
             raise UserError("the embedded corpus could not be prepared; see above")
     mc.barrier()
     folder = find_dataset(cfg.dataset)

@@ -39,7 +39,7 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])"""
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "pydoc"            # as for prepare_fineweb.py: file, folder or glob
+    source: str = "fables"           # as for prepare_fineweb.py: file, folder or glob
     documents: int = 4000            # at a time
     workers: int = 0                 # threads that tokenize, for both; 0: one a core
     repeats: int = 10                # with other documents each time, as far as they last

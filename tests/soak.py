@@ -24,11 +24,12 @@ import torch        # noqa: E402
 from torch.utils._pytree import tree_leaves     # noqa: E402
 
 import checkpoint   # noqa: E402
+import fables       # noqa: E402
 
 TRAIN = ["train.py", "--n_layer=2", "--n_head=2", "--n_embd=64", "--token_dim=32", "--cross_every=2", "--block_size=64",
          "--prompt_size=32", "--batch_tokens=512", "--max_steps=30", "--save_interval=2", "--eval_interval=5",
          "--eval_sequences=32", "--device=cpu", "--dtype=float32", "--log_interval=1"]
-PREPARE = ["prepare_fineweb.py", "--source=pydoc", "--shard_tokens=20000", "--max_tokens=500k", "--workers=1"]
+PREPARE = ["prepare_fineweb.py", "--tokenizer=corpus", "--shard_tokens=20000", "--workers=1"]
 KEPT = ("step", "tokens", "loss", "lr", "grad_norm", "bound", "text")       # of a row of the log; times are not
 
 
@@ -91,9 +92,12 @@ def main(kills=200):
     rng = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        finish(["prepare_fineweb.py", "--source=pydoc", "--max_tokens=200k", f"--out={folder / 'text'}"])
+        told = (fables.draw(random.Random(seed))[0] for seed in range(6000))
+        (folder / "told.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in told))
+        prepare = [*PREPARE, f"--source={folder / 'told.jsonl'}", "--out"]
+        finish([*prepare, folder / "text"])
         for name, command, same in (("train", [*TRAIN, f"--dataset={folder / 'text'}", "--out_dir"], same_run),
-                                    ("prepare", [*PREPARE, "--out"], same_files)):
+                                    ("prepare", prepare, same_files)):
             (folder / name).mkdir()
             rounds = soak(name, command, same, kills // 2, rng, folder / name)
             print(f"{name}: {kills // 2} kills, {rounds} rounds compared, nothing lost")

@@ -206,7 +206,6 @@ def test_find_dataset_takes_the_first_there_is(tmp_path):
     assert "prepare_fineweb.py --source=fineweb," in refused(find_dataset, "fineweb", tmp_path)
     assert "--source=FILE --out=" in refused(find_dataset, "a", tmp_path)
     assert find_dataset("fineweb,fables", tmp_path) is None             # the caller prepares it
-    assert find_dataset("fineweb,pydoc", tmp_path) is None
 
 
 def test_meta_files_that_are_damaged_or_not_true_are_refused(tmp_path):
@@ -236,14 +235,6 @@ def test_tokenizers_that_are_damaged_or_not_ours_are_refused():
 
 def test_ids_are_cut_at_the_end_of_text():
     assert [cut_at_eot(ids, 9) for ids in ([1, 2, 9, 3, 9], [9], [1, 2], [])] == [[1, 2], [], [1, 2], []]
-
-
-@pytest.mark.slow
-def test_the_embedded_corpus_is_prepared(tmp_path):
-    folder = prepare("pydoc", tmp_path / "pydoc", tokenizer="")
-    meta = read_meta(folder)
-    assert "documentation" in meta["label"] and meta["vocab_size"] == 300
-    assert find_dataset("a,pydoc", tmp_path) == folder
 
 
 def test_the_fables_are_prepared_with_a_token_for_each_word(tmp_path, monkeypatch):
@@ -402,16 +393,6 @@ def test_no_network_is_said_in_one_line(tmp_path):
 def test_bad_settings_are_refused(setting, says):
     assert says in refused(load, pf.Config, [f"--{setting}"])
     assert [pf.parse_count(text) for text in ("0", "50k", "1.5M", "2B", "1_000")] == [0, 50_000, 1_500_000, 2e9, 1000]
-
-
-@pytest.mark.slow
-def test_the_embedded_corpus_reads_like_english():
-    _, texts = pf.open_source("pydoc")
-    paragraphs = [paragraph for text, in texts for paragraph in text.split("\n\n")]
-    whole = "\n\n".join(paragraphs)
-    assert 0.8e6 < len(whole) < 2e6 and ">>>" not in whole and len(set(paragraphs)) == len(paragraphs) > 5000
-    words = collections.Counter(whole.lower().split())
-    assert words.most_common(1)[0][0] == "the" and words["the"] > 0.05 * sum(words.values())
 
 
 def test_validation_is_chosen_by_the_text_alone(tmp_path):
