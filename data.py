@@ -22,7 +22,7 @@ from configurator import Fault, UserError, check_fields, printable, read_file, r
 from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
-BELL = 0.6                                  # noise levels are sigmoid(BELL * logit(u)), u uniform
+BELL = 0.6                                  # noise levels are sigmoid(BELL * logit(u)), u uniform (bench/LOG.md)
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 TEXT, EXAMPLES = 1, 2                       # versions of the shard format
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's words

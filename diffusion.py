@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 CLEAN, NOISY = -4.2, 6.0        # ends of the fitted schedule in g = -log_snr - log C: every token can be read, none can
-LATER = 2 ** 31                 # the order of padding, and of tokens that are withheld: nobody sees them
+LATER = 2 ** 31                 # the order of tokens that nobody sees: padding, a prompt that is withheld
 GOLDEN = 0.6180339887498949     # multiples of it, modulo 1, spread evenly
 
 
@@ -172,8 +172,9 @@ def block_order(free, block_length, strided=False):
     """The number of the block in which each token is written where free (..., T) is True, and -1 elsewhere: (..., T)
     int64.
 
-    A block is `block_length` neighbours, or, if strided, as many free tokens spread evenly over the text; 0 is one
-    block of all. block_length and strided may be tensors (..., 1).
+    Block k is the free tokens at positions k block_length to (k + 1) block_length - 1, so the first may be short; if
+    strided, as many free tokens spread evenly over the text. A block_length of 0 is one block of all. block_length and
+    strided may be tensors (..., 1).
     """
     length = torch.as_tensor(block_length, device=free.device)
     length = torch.where(length > 0, length, free.size(-1))
@@ -192,7 +193,8 @@ def golden_offset(u, order):
 # ---- likelihood ----
 
 class Bound(NamedTuple):
-    """An upper bound on -log p(token) in nats, of each token (B, T), in the three parts of Ho et al. 2020, eq. 5."""
+    """An upper bound on -log p of a block in nats, as the terms of its tokens (B, T), in the three parts of Ho et al.
+    2020, eq. 5."""
     reconstruction: torch.Tensor       # -log p(tokens | x_1)
     diffusion: torch.Tensor            # the sum over t = 2 .. timesteps, estimated from one t
     prior: torch.Tensor                # KL of q(x_timesteps | x_0) from the normal distribution

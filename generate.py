@@ -21,7 +21,7 @@ from machine import Replay, all_reduce, rank, world_size
 from model import Layout, LayerCache, max_scores, neighbours
 
 BLOCK_STEPS, WINDOW_STEPS = 4, 32       # denoising steps of a block, and of a whole window
-DOUBT = 0.1                             # a token this much less likely than exp(-entropy) does not hold
+DOUBT = 0.1                             # a token less likely than DOUBT * exp(-entropy) is implausible
 LONGEST = 12                            # tokens that a blank of open length is tried with, from 1 on
 BEHIND = 24                             # known tokens behind such a blank, at most, that decide which length is best
 
@@ -31,9 +31,9 @@ class Sampling:
     block_length: int = 16           # tokens denoised together; 0 the whole window, 1 the autoregressive limit
     strided: bool = False            # spread the tokens of a block evenly over the text, instead of taking neighbours
     steps: int = 0                   # denoising steps of a block; 0: 4, window 32, single token 1, ddpm all
-    sampler: str = "ddim"            # ddim, ddpm (eta=1), constrained_ddim (ddim with what is known held)
-    revisions: int = 8               # times, at most, that a block is read and what does not hold rewritten
-    eta: float = 1.0                 # fresh noise at each step of ddim, from 0 (deterministic) to 1 (as ddpm)
+    sampler: str = "ddim"            # ddim, ddpm (all levels, eta=1), constrained_ddim (what is known is held)
+    revisions: int = 8               # times, at most, that a block is read, and rewritten behind what is implausible
+    eta: float = 1.0                 # fresh noise at each step of ddim: 0 deterministic to 1 ancestral, as ddpm
     temperature: float = 1.0         # of what the context says; below 1 is safer and duller
     guidance_scale: float = 1.0      # weight of the prompt; 1 is the network's own, above 1 heeds it more, 0 ignores it
 
@@ -113,7 +113,7 @@ class Decoder:
     def hidden(self, clean, here, x_t, log_snr, guess):
         """Hidden states (B, n, n_embd) of noisy tokens x_t (B, n, C) at the last n of the positions here (m + n,); the
         first m are of clean tokens (B, m), which go into the cache."""
-        mask = self.order[:, None, None] <= self.order[:, None, here, None]    # noisy tokens are of a later block
+        mask = self.order[:, None, None] <= self.order[:, None, here, None]    # so clean tokens see no noisy one
         layout = Layout(clean.size(1), here, mask, None, self.near[:, here], None)
         x = self.model.join(self.E[clean], x_t, log_snr, self.E, guess).repeat(self.rows, 1, 1)
         h = self.model(x, log_snr.repeat(self.rows, 1), layout, self.prompt, self.cache)
@@ -125,36 +125,36 @@ class Decoder:
         return self.model.predict(h, x_t, log_snr, self.E, self.cfg.temperature)
 
     def write_block(self, block, steps, revisions=0):
-        """Write the tokens of a block in so many steps; then read them, and write again what does not hold. Returns
-        where they stand, pos (n,): in one text some of these may be known that another lacks."""
+        """Denoise the tokens of a block in so many steps; then read them, at most `revisions` times, and denoise again
+        what follows the first implausible one. Returns where they stand, pos (n,), some of which may be given."""
         is_now, device = self.blocks == block, self.tokens.device
         pos = is_now.any(0).nonzero().flatten()
         fixed, pos = ~is_now[:, pos], pos.to(device)
         is_mixed, fixed = bool(fixed.any()), fixed.expand(len(self.rng), -1).to(device)
         rng = self.rng
-        self.denoise(pos, steps, rng, fixed if is_mixed else None)
+        self.denoise_block(pos, steps, rng, fixed if is_mixed else None)
         for _ in range(revisions):
-            held = self.read(pos, block, rng) | fixed
+            held = self.revise(pos, block, rng) | fixed
             done = held.all(1).tolist()                     # whose noise then would depend on the others of the batch
             if all(done):
                 break
             spare = torch.Generator(held.device)
             rng = [spare if is_done else own for is_done, own in zip(done, rng, strict=True)]
-            self.denoise(pos, steps, rng, held)
+            self.denoise_block(pos, steps, rng, held)
         self.new = pos
         return pos
 
-    def denoise(self, pos, steps, rng, held=None):
-        """Write the tokens at pos (n,) in place, but for those in held (B, n), which the others see as given. The last
-        step draws them, the others look at the best ones."""
+    def denoise_block(self, pos, steps, rng, held=None):
+        """Denoise the tokens at pos (n,), but for those in held (B, n), which the others see as clean ones of earlier
+        blocks. Tokens come from the logits: drawn in the last step, the best ones, to be shown, in the others."""
         guess, calls = None, 0
         is_free = held is None
         held = torch.zeros_like(self.tokens[:, pos], dtype=torch.bool) if is_free else held
-        self.order.copy_(self.planned)                      # in place, for recorded steps read it there
+        self.order.copy_(self.planned)                      # in place: a CUDA graph reads it there
         self.order[:, pos] = (self.order[:, pos] - held.repeat(self.rows, 1).long()).clamp(min=-1)
         self.near.copy_(neighbours(self.order) <= self.order[..., None])
 
-        def denoise(x_t, t):
+        def denoise_step(x_t, t):
             nonlocal guess, calls
             level, here = torch.where(held, math.inf, self.log_snr[t][:, None]), torch.cat((self.new, pos))
             x_0_hat, logits = self.predict(self.tokens[:, self.new], here, x_t, level, guess)
@@ -170,21 +170,21 @@ class Decoder:
         x_0, eta = self.vectors[self.tokens[:, pos]], self.cfg.eta
         x_T = diffusion.randn(x_0, rng)
         if not is_free or self.cfg.sampler == "constrained_ddim":
-            sample_constrained_ddim(denoise, x_T, self.alpha_bar, x_0, held, steps, eta, rng)
+            sample_constrained_ddim(denoise_step, x_T, self.alpha_bar, x_0, held, steps, eta, rng)
         elif self.cfg.sampler == "ddpm":
-            sample_ddpm(denoise, x_T, self.alpha_bar, steps, rng)
+            sample_ddpm(denoise_step, x_T, self.alpha_bar, steps, rng)
         else:
-            sample_ddim(denoise, x_T, self.alpha_bar, steps, eta, rng)
+            sample_ddim(denoise_step, x_T, self.alpha_bar, steps, eta, rng)
 
-    def read(self, pos, block, rng):
-        """Where the text of a block, at pos (n,), holds (B, n): up to the first token that is not `plausible` after
-        those before it and all of earlier blocks, and which is drawn anew. One call, in the autoregressive limit."""
+    def revise(self, pos, block, rng):
+        """Read a block, at pos (n,), token by token: each given those before it, in one call without the cache. The
+        first token that is not `plausible` is drawn anew. Returns where the text now holds (B, n): up to that token."""
         model, is_now = self.model, self.planned == block
         each = torch.arange(self.planned.size(1), device=pos.device)
         order = torch.where(self.planned < block, self.planned, torch.where(is_now, block + each, LATER))
         T = 1 + int((order < LATER).any(0).nonzero()[-1])
         x_0, level = self.E[self.tokens[:, :T]].repeat(self.rows, 1, 1), self.log_snr[-1:].expand(len(order), T)
-        nothing = torch.zeros_like(x_0)                     # in the place of noise that says nothing
+        nothing = torch.zeros_like(x_0)                     # for noise of the highest level, which says none
         h = model.denoise(x_0, nothing, level, order[:, :T], self.prompt, self.E)[:, pos]
         h = h if self.rows == 1 else diffusion.guide(*h.chunk(2), self.cfg.guidance_scale)
         log_p = model.logits(h, nothing[:len(h), pos], level[:len(h), pos], self.E).log_softmax(-1)

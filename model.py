@@ -7,8 +7,8 @@ noisy ones; in generation the clean tokens decided last, then those that are bei
 
 - The network reads of a noisy token the posterior mean E[x_0 | x_t], the best guess from this token's noise alone: a
   token drowned in noise looks blank instead of loud.
-- Its scores are the sum of what the context says and, exactly, of what the noisy vector says (the output prior of
-  Plaid, Gulrajani & Hashimoto 2023). At initialisation the context says nothing.
+- Its logits are the head's output plus the log unigram plus, exactly, log p(x_t | token) (the output prior of Plaid,
+  Gulrajani & Hashimoto 2023). At initialisation the head is zero.
 """
 import math
 from dataclasses import dataclass
@@ -74,10 +74,10 @@ class Layout(NamedTuple):
     attention sees a key, or a BlockMask; None is all."""
     num_clean: int                 # the first of the N tokens are clean, the others noisy
     pos: torch.Tensor              # (N,) int64 positions
-    mask: object                   # of all tokens; in training of the noisy ones, with clean and then noisy keys
-    clean_mask: object             # in training: of the clean tokens, with clean keys
+    mask: object                   # of all queries; in training of the T noisy ones, over T clean, then T noisy keys
+    clean_mask: object             # in training: of the T clean queries, over the clean keys
     near: torch.Tensor | None      # (B, n, KERNEL) True where the convolution sees a neighbour; None: all
-    own: torch.Tensor | None       # (B, T, KERNEL), in training: True where a noisy token reads its noisy neighbour
+    own: torch.Tensor | None       # (B, T, KERNEL), in training: True where a noisy token's neighbour is the noisy copy
 
 
 class Prompt(NamedTuple):
@@ -136,7 +136,8 @@ def training_layout(order, T, device, flex=False):
 
 class LayerCache:
     """What a layer keeps of a text of `size` tokens, by position: keys and values, and the convolution's input; and
-    keys and values of the prompt. A noisy token stands in its own place, until the next pass overwrites it."""
+    keys and values of the prompt. A call overwrites its positions: noisy tokens at every step of a block, clean ones in
+    the first call of the next."""
 
     def __init__(self, size):
         self.size = size

@@ -1,7 +1,7 @@
 """
 Train SunFish: pre-tokenized shards in, checkpoints and a log out.
 
-    python train.py config/tiny.py                          # minutes on a laptop, on text that Python brings along
+    python train.py config/tiny.py                          # minutes on a laptop, on the embedded fables
     python train.py config/micro.py --device=cpu            # 41.6M parameters and the output head's 25.8M
     torchrun --nproc_per_node=8 train.py config/full.py     # 1.4B parameters
 
@@ -487,8 +487,10 @@ def print_sizes(cfg, net):
 
 def print_data(cfg, data, train_data):
     """Print what a run learns from."""
-    print(f"data: {data['label']}: {len(train_data):,} {'examples' if train_data.is_examples else 'windows'} of "
-          f"{cfg.block_size} tokens, tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
+    kind = "examples" if train_data.is_examples else "windows"
+    times = cfg.max_steps * cfg.step_sequences / len(train_data)
+    print(f"data: {data['label']}: {len(train_data):,} {kind} of {cfg.block_size} tokens, each read {times:.3g} times; "
+          f"tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
     if train_data.is_examples and not cfg.init_from and mc.rank() == 0:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 

@@ -173,7 +173,7 @@ class Twin(nn.Module):
 
     def read(self, idx, order, block, temperature, rng):
         """Where a block of idx (n, T) holds, read token by token, and what does not drawn anew, as by
-        `generate.Decoder.read`: (n, T)."""
+        `generate.Decoder.revise`: (n, T)."""
         place = torch.where(order == block, order + torch.arange(len(order)), order).masked_fill(order > block, LATER)
         hidden = torch.ones_like(idx, dtype=torch.bool)
         inputs = (x.to(self.blank.device) for x in (idx, hidden, place.expand(len(idx), -1)))

@@ -1,5 +1,5 @@
 """Minutes on a laptop: half a million parameters beside token vectors and head, on stories out of a grammar."""
-dataset = "fineweb,fables"
+dataset = "fables"
 out_dir = "out/tiny"
 n_layer = 2
 n_head = 2

@@ -209,7 +209,7 @@ def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, mon
     """A token is read given those before it and the blocks before its own, and no later block is seen. The first that
     does not hold is drawn anew, from what was read, and holds."""
     torch.manual_seed(2)
-    known, read, held = GIVEN[given], Decoder.read, []
+    known, revise, held = GIVEN[given], Decoder.revise, []
     draws, draw = [], diffusion.draw_tokens
 
     def drawing(logits, *rest):
@@ -224,7 +224,7 @@ def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, mon
         order[pos] += torch.arange(len(pos))
         cost = surprises(small, canvas, decoder.tokens, order, guidance)[:, pos]
         before = decoder.tokens[:, pos].clone()
-        held.append(read(decoder, pos, block, rng))
+        held.append(revise(decoder, pos, block, rng))
         log_p, drawn = 3.0 * draws[-1][0], draws[-1][1]     # the temperature
         drawn_from = -log_p.gather(-1, before[..., None])[..., 0] + (log_p.exp() * log_p).sum(-1)
         assert torch.allclose(cost, drawn_from, atol=1e-4)
@@ -235,7 +235,7 @@ def test_a_block_holds_up_to_the_first_token_that_is_rarer_than_usual(small, mon
             want = [drawn[i, place] if place == first else before[i, place] for place in range(len(pos))]
             assert decoder.tokens[i, pos].tolist() == want
         return torch.ones_like(held[-1])
-    monkeypatch.setattr(Decoder, "read", compared)
+    monkeypatch.setattr(Decoder, "revise", compared)
     cfg = Sampling(block_length=block_length, strided=strided, steps=2, guidance_scale=guidance, temperature=3.0)
     generate(small, canvas, cfg, generators("cpu", 1, range(9)))
     held = torch.cat([row.flatten() for row in held])
