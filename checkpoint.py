@@ -283,13 +283,16 @@ def read_tensors(path):
     if not 8 < start <= min(size, 2**26):
         raise ValueError("its header is cut short")
     header = json.loads(bytes(data[8:start].numpy()))
+    rows = {name: row for name, row in header.items() if name != "__metadata__"}
+    if sum(row["data_offsets"][1] - row["data_offsets"][0] for row in rows.values()) > size - start:
+        raise ValueError("its tensors overlap")         # many small entries could fill the memory
 
     def tensor(dtype, shape, data_offsets):
         begin, end = data_offsets
         if not 0 <= begin <= end <= size - start:
             raise ValueError("it is cut short")
         return data[start + begin:start + end].clone().view(kinds[dtype]).view(shape)
-    return {name: partial(tensor, **row) for name, row in header.items() if name != "__metadata__"}
+    return {name: partial(tensor, **row) for name, row in rows.items()}
 
 
 def write_tensors(path, tensors):

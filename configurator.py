@@ -54,7 +54,8 @@ class Fault(Exception):
 
 
 def run(main, Config):
-    """Call main(settings) and end the program with its exit code; the only place that catches UserError and Fault."""
+    """Call main(settings) and end the program with its exit code; the only place that catches UserError and Fault, and
+    what a file system says of a name or of itself."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(line_buffering=True, errors="replace")       # a log or a pipe gets each line at once
     try:
@@ -67,6 +68,8 @@ def run(main, Config):
         code = say_error("interrupted", 130)
     except BrokenPipeError:                             # the reader, such as head, has seen enough
         os._exit(141)
+    except OSError as error:
+        code = say_error(f"{error.filename or 'a file'}: {error.strerror or error}; mend that, or choose another", 1)
     sys.exit(code)
 
 

@@ -132,7 +132,7 @@ class Decoder:
         fixed, pos = ~is_now[:, pos], pos.to(device)
         is_mixed, fixed = bool(fixed.any()), fixed.expand(len(self.rng), -1).to(device)
         rng = self.rng
-        self.denoise_block(pos, steps, rng, fixed if is_mixed else None)
+        self.denoise_block(block, pos, steps, rng, fixed if is_mixed else None)
         for _ in range(revisions):
             held = self.revise(pos, block, rng) | fixed
             done = held.all(1).tolist()                     # whose noise then would depend on the others of the batch
@@ -140,18 +140,19 @@ class Decoder:
                 break
             spare = torch.Generator(held.device)
             rng = [spare if is_done else own for is_done, own in zip(done, rng, strict=True)]
-            self.denoise_block(pos, steps, rng, held)
+            self.denoise_block(block, pos, steps, rng, held)
         self.new = pos
         return pos
 
-    def denoise_block(self, pos, steps, rng, held=None):
-        """Denoise the tokens at pos (n,), but for those in held (B, n), which the others see as clean ones of earlier
-        blocks. Tokens come from the logits: drawn in the last step, the best ones, to be shown, in the others."""
+    def denoise_block(self, block, pos, steps, rng, held=None):
+        """Denoise the tokens at pos (n,), but for those in held (B, n), which, if of this block, the others see as
+        clean. Tokens come from the logits: drawn in the last step, before it the best ones, to be shown."""
         guess, calls = None, 0
         is_free = held is None
         held = torch.zeros_like(self.tokens[:, pos], dtype=torch.bool) if is_free else held
         self.order.copy_(self.planned)                      # in place: a CUDA graph reads it there
-        self.order[:, pos] = (self.order[:, pos] - held.repeat(self.rows, 1).long()).clamp(min=-1)
+        is_clean = held.repeat(self.rows, 1) & (self.planned[:, pos] == block)     # of later ones nothing is there
+        self.order[:, pos] -= is_clean.long()
         self.near.copy_(neighbours(self.order) <= self.order[..., None])
 
         def denoise_step(x_t, t):
@@ -290,7 +291,7 @@ def fill(model, pieces, cfg, rng, watch=None):
         start, canvas = infill_canvas(texts, known, int((~known).nonzero()[0]), model.cfg)
         stop = start + len(canvas.known)
         if watch:
-            watch.begin(start, canvas.known, plan(cfg, model.cfg, canvas.known).most_steps)
+            watch.begin(canvas.known, plan(cfg, model.cfg, canvas.known).most_steps)
         texts[:, start:stop] = generate(model, canvas, cfg, [make() for make in rng], watch).cpu()
         known[start:stop] = True
     return texts.tolist()
@@ -327,11 +328,16 @@ def length_costs(model, pieces, i, lengths, cfg, make):
     return costs
 
 
+def lengths_tried(model_cfg):
+    """The numbers of tokens that an open blank is tried with."""
+    return range(1, min(LONGEST, model_cfg.block_size // 2) + 1)
+
+
 def infill(model, pieces, cfg, rng, watch=None):
     """Texts, each in pieces of token ids, of a text that may have open blanks: from left to right each takes the length
     that costs least. rng has for each text a function that makes its Generator. There is no guidance."""
     cfg, texts = replace(cfg, guidance_scale=1.0), []
-    lengths = range(1, min(LONGEST, model.cfg.block_size // 2) + 1)
+    lengths = lengths_tried(model.cfg)
     open_ones = [i for i, piece in enumerate(pieces) if piece == 0]
     for group in [[make] for make in rng] if open_ones else [rng]:
         chosen = list(pieces)

@@ -71,7 +71,7 @@ def choose_device(name):
     if name == "auto":
         there = {"cuda": count, "mps": has_mps, "cpu": True}
         name = next(kind for kind in there if there[kind])
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
         raise UserError(f"device={name} is unknown; use auto, cpu, cuda or mps")
     device = torch.device(name)
     if name == "mps" and not has_mps:
@@ -226,8 +226,9 @@ def peak_gb(device):
     """The most memory so far in GB: of tensors on a CUDA device, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "linux":         # getrusage counts what the parent of a new process held
-        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    status = Path("/proc/self/status")  # getrusage counts what the parent of a new process held
+    if found := re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else ""):
+        return int(found[1]) * 1024 / 1e9
     import resource                     # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 

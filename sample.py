@@ -33,11 +33,12 @@ from generate import LONGEST, Canvas, Plan, Sampling, generate, infill, infill_c
 from machine import choose_device, choose_dtype, keep_memory, torch_faults
 from serve import Server
 
-BLANK = re.compile(r" ?\[MASK(?::(\d+))?\]")      # a blank takes the space before it, as tokens do
+BLANK = re.compile(r" ?\[MASK(?::(\d{1,9}))?\]")      # a blank takes the space before it, as tokens do
 LIKE_BLANK = re.compile(r"(?i)\[\s*mask[^\]]{0,20}\]")
 MARK = "<|endoftext|>"            # before a document
 SPELLED = 0.7                     # tokens a byte, from which on a text is said to be spelled rather than read
 PAGE = Path(__file__).with_name("viewer.html")
+OF_PROGRAM = {"checkpoint", "device", "dtype", "quantize", "batch_size", "json", "html", "export", "serve", "port"}
 PRETRAINED = Path(__file__).with_name("pretrained") / "fables"              # writes where no other network is named
 BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
 CARD = """---
@@ -94,11 +95,10 @@ class Config(Sampling):
         if self.export and (self.mode != "generate" or self.quantize != "none"):
             wrong = "--quantize" if self.mode == "generate" else "--mode"
             raise UserError(f"--export writes a whole network; leave out {wrong}")
-        if self.serve and (self.prompt or self.text or self.export):
-            raise UserError("--serve takes its texts from the page; leave out --prompt, --text and --export")
+        for name in ("prompt", "text", "export", "html", "json", "seq_len"):
+            if self.serve and getattr(self, name):
+                raise UserError(f"--serve takes its texts from the page and shows them there; leave out --{name}")
         in_range(self, 0, 65_535, "port")
-        if self.mode == "generate" and LIKE_BLANK.search(self.prompt):
-            raise UserError("a prompt is continued, not filled in; give text with [MASK] as --mode=infill --text=...")
         if self.html:
             check_page(Path(self.html))
 
@@ -115,7 +115,7 @@ def read_text(text):
         if text == "-":
             text = sys.stdin.read().strip("\n")
         elif text.startswith("@"):
-            text = read_file(text[1:], 2**26).decode().strip("\n")
+            text = read_file(text[1:], 2**26).decode("utf-8-sig").strip("\n")
         text.encode()                                   # what is not UTF-8 on the command line
     except UnicodeError as error:
         raise UserError(f"the text {shorten(text)} is not UTF-8 ({error}); save it as UTF-8") from None
@@ -126,7 +126,7 @@ def read_prompts(text):
     """The prompts that --prompt names: at least one, an empty one for none."""
     if not text.startswith("@"):
         return [read_text(text)]
-    prompts = [line for line in read_text(text).splitlines() if line.strip()]
+    prompts = [line for line in read_text(text).split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"{text[1:]} holds no prompt; write one a line")
     return prompts
@@ -154,6 +154,8 @@ def read_blanks(text, encode):
 
 def encode_prompt(prompt, tokenizer, answers, begins):
     """Token ids of a prompt: of an instruction, of a document that begins, or of any text."""
+    if LIKE_BLANK.search(prompt):
+        raise UserError("a prompt is continued, not filled in; give text with [MASK] as --mode=infill --text=...")
     if not prompt.strip():
         return []
     prompt = format_instruction(prompt) if answers else prompt
@@ -163,8 +165,9 @@ def encode_prompt(prompt, tokenizer, answers, begins):
 # ---- output ----
 
 def join(left, right):
-    """Two texts, with a space where a word would run into another."""
-    return left + " " * (left[-1:].isalnum() and right[:1].isalnum()) + right
+    """Two texts, with a space where a word would run into another: between letters that have capitals."""
+    seam = left[-1:], right[:1]
+    return left + " " * all(char.lower() != char.upper() for char in seam) + right
 
 
 def spell(tokenizer, pieces, spaced):
@@ -173,7 +176,7 @@ def spell(tokenizer, pieces, spaced):
     for i, piece in enumerate(pieces):
         runs = itertools.groupby(piece, tokenizer.eot_token.__eq__)        # a blank line tells documents apart
         new = b"".join(b"\n\n" if is_end else tokenizer.decode_bytes(list(run)) for is_end, run in runs)
-        data += b" " * (i % 2 and spaced[i // 2] and new[:1].isalnum()) + new
+        data += b" " * (i % 2 and spaced[i // 2] and new.decode(errors="replace")[:1].isalnum()) + new
     return data.decode(errors="replace")
 
 
@@ -195,10 +198,10 @@ class Watch:
     def __init__(self, cfg, writer, task, keep=None):
         self.cfg, self.writer = cfg, writer
         self.keep = keep
-        self.begin(0, task.canvas.known, task.plan.most_steps)
+        self.begin(task.canvas.known, task.plan.most_steps)
 
-    def begin(self, start, known, total):
-        """A window at `start`, given where known (T,), is now written in so many steps."""
+    def begin(self, known, total):
+        """A window, given where known (T,), is now written in so many steps, at most."""
         self.sure = [None if is_known else -1 for is_known in known.tolist()]
         self.total, self.calls = total, 0
 
@@ -214,7 +217,7 @@ class Watch:
         if self.keep:
             self.keep(step)
         if is_drawn:
-            self.draw(*step)
+            self.draw(*step[:2])
 
     def words(self, ids):
         """The words of a text up to its end."""
@@ -223,7 +226,7 @@ class Watch:
         spelled = (self.writer.tokenizer.decode([i]).replace(MARK, "") for i in ids[:end])
         return list(zip(spelled, self.sure, strict=False))
 
-    def draw(self, noise, words, pos):
+    def draw(self, noise, words):
         """The text so far in the terminal: the surer the network, the stronger; noise is dots."""
         clear, text = "", "".join("\u00b7" if sure == -1 else word for word, sure in words)
         if sys.stderr.isatty():
@@ -257,8 +260,6 @@ def page(recordings):
 def export_network(cfg, path, content, text):
     """Write the network to a folder, with a model card that shows a sample."""
     folder, data = Path(cfg.export), content["data"]
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"export={folder} is there already; choose a new folder")
     found = {name: content.get(name) for name in (*ckpt.MEASURED, *ckpt.USUAL)}
     log_file = path.parent / "log.jsonl" if path.is_file() else Path()
     for line in read_file(log_file).splitlines() if log_file.is_file() else []:
@@ -273,7 +274,7 @@ def export_network(cfg, path, content, text):
     ckpt.export(folder, content, **found)
     facts = {"training text": data["label"], "its licence": data["licence"], "tokenizer": data["tokenizer"]["name"],
              "steps": f"{content['step']:,}", "tokens seen": f"{found['tokens'] or 0:,}"}
-    if found["bound"]:
+    if found["bound"] and found["bound_error"]:
         facts["bound on held-out text"] = f"{found['bound']:.3f} +- {found['bound_error']:.3f} nats a token"
     if "base" in data:
         facts["begun with"] = "{label}; licence: {licence}; {steps:,} steps".format(**data["base"])
@@ -335,8 +336,8 @@ class Writer:
         """The Config of what is given, checked, with a seed."""
         kinds = get_type_hints(Config)
         for name in settings:
-            if name not in kinds:
-                raise unknown(name, kinds, name)
+            if name not in kinds or name in OF_PROGRAM:
+                raise unknown(name, {*kinds} - OF_PROGRAM, name)
             check_fields("settings", settings, **{name: kinds[name]})
         cfg = Config(**{**ckpt.usual(self.content), **settings})
         cfg.check()
@@ -355,11 +356,15 @@ class Writer:
             canvas = prompt_canvas(ids, cfg.seq_len, self.model.cfg)
         return Task(canvas, plan(cfg, self.model.cfg, canvas.known), pieces, spaced)
 
+    def makers(self, cfg, canvas, numbers):
+        """For each of these samples a function that makes its Generator: what is given is in the seed."""
+        given = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()
+        return [partial(generator, self.model.wte.device, cfg.seed, number, *given) for number in numbers]
+
     def write(self, cfg, task, numbers, watch=None):
         """The samples of a Task with these numbers: texts whose blanks are filled, or what comes after the prompt."""
         canvas, _, pieces, spaced = task
-        asked = canvas.prompt.flatten().tolist() + canvas.idx[..., canvas.known].flatten().tolist()   # its own noise
-        makers = [partial(generator, self.model.wte.device, cfg.seed, number, *asked) for number in numbers]
+        makers = self.makers(cfg, canvas, numbers)
         if pieces:
             made = infill(self.model, pieces, cfg, makers, watch)
             made = [[ids[0][ids[0][:1] == [self.eot]:], *ids[1:]] for ids in made]
@@ -411,7 +416,7 @@ def say_what(cfg, given, writer, task):
 
 def serve(cfg, given, writer):
     """Have what is typed into a page at 127.0.0.1 written, until Ctrl-C."""
-    usual = {name: getattr(cfg, name) for name in given if name not in ("mode", "serve")}
+    usual = {name: getattr(cfg, name) for name in given - OF_PROGRAM - {"mode", "num_samples"}}
 
     def write(asked, keep):
         text = asked.pop("text")
@@ -428,12 +433,16 @@ def serve(cfg, given, writer):
 def main(cfg):
     keep_memory()
     writer, given = load(cfg.checkpoint, cfg.device, cfg.dtype, cfg.quantize), cfg.given
-    cfg = writer.config(**{name: getattr(cfg, name) for name in given})
+    how = writer.config(**{name: getattr(cfg, name) for name in given - OF_PROGRAM})
+    cfg = replace(how, **{name: getattr(cfg, name) for name in OF_PROGRAM})
     if cfg.serve:
         return serve(cfg, given, writer)
     cfgs = [replace(cfg, prompt=prompt, text=read_text(cfg.text)) for prompt in read_prompts(cfg.prompt)]
     tasks = [writer.task(cfg) for cfg in cfgs]
     if cfg.export:
+        folder = Path(cfg.export)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"export={folder} is there already; choose a new folder")
         return export_network(cfg, writer.path, writer.content, writer.one(cfgs[0]))
     say_what(cfgs[0], given, writer, tasks[0])
     clock, calls = time.perf_counter(), []

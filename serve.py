@@ -60,6 +60,11 @@ class Handler(BaseHTTPRequestHandler):
             keep({"about": self.server.write(asked, keep)})
         except (UserError, Fault) as error:
             keep({"error": str(error)})
+        except OSError:
+            raise
+        except Exception:
+            keep({"error": "this text met a fault of the program; the terminal shows which"})
+            raise
 
     def is_ours(self):
         """Whether the page itself asks: another site may neither send to this machine nor take its name."""

@@ -2,7 +2,9 @@
 Installed, SunFish is one package, `sunfish`, so that the plain names of its files collide with nobody's: while it is
 built, the modules' imports of each other are made imports from the package.
 """
+import atexit
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,5 +29,6 @@ class Build(build_py):
         (package / "__init__.py").write_text(INIT, encoding="utf-8")
 
 
-place = tempfile.mkdtemp()              # nothing is left in the folder of the source
+place = tempfile.mkdtemp()              # nothing is left in the folder of the source, nor there
+atexit.register(shutil.rmtree, place, ignore_errors=True)
 setup(cmdclass={"build_py": Build}, options={"build": {"build_base": place}, "egg_info": {"egg_base": place}})

@@ -489,8 +489,8 @@ def print_data(cfg, data, train_data):
     """Print what a run learns from."""
     kind = "examples" if train_data.is_examples else "windows"
     times = cfg.max_steps * cfg.step_sequences / len(train_data)
-    print(f"data: {data['label']}: {len(train_data):,} {kind} of {cfg.block_size} tokens, each read {times:.3g} times; "
-          f"tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
+    print(f"data: {data['label']}: {len(train_data):,} {kind} of {cfg.block_size} tokens, each read {times:,.1f} "
+          f"times; tokenizer {data['tokenizer']['name']}, {data['vocab_size']:,} ids")
     if train_data.is_examples and not cfg.init_from and mc.rank() == 0:
         print("warning: without --init_from a new network learns from these examples alone", file=sys.stderr)
 
@@ -731,7 +731,7 @@ def train(cfg, machine):
             break
     if log.run:
         log.run.finish()                                    # main may end this process at once
-    if saved < cfg.max_steps:
+    if stop or saved < cfg.max_steps:
         print(f"saved step {saved:,} in {cfg.out_dir}; the same command goes on from there")
         return 128 + stop
     prompt = ' --prompt="..."' if train_data.is_examples else ""

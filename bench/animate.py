@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import in_range, run
 from data import write_file
-from sample import Config as Sample
+from generate import Sampling
 from sample import load
 
 COLUMNS, LINE, CHAR = 84, 24, 8.43       # characters in a line; height of a line and width of a character in pixels
@@ -28,9 +28,11 @@ rect { fill: #14191f; stroke: #37424d } }"""
 
 
 @dataclass(frozen=True)
-class Config(Sample):
-    prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."
-    seq_len: int = 32
+class Config(Sampling):
+    checkpoint: str = ""                 # network that writes; "": pretrained/fables
+    prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."     # text to continue
+    text: str = ""                       # in its place a text with [MASK] or [MASK:n], to be filled in
+    seq_len: int = 32                    # tokens to write after the prompt; 0 is all that the window leaves
     seed: int = 2
     out: str = "denoising.svg"           # file of the picture
 
@@ -88,8 +90,9 @@ def picture(steps):
 
 def main(cfg):
     writer, steps = load(cfg.checkpoint, "cpu", "float32"), []
-    given = {name: getattr(cfg, name) for name in {*cfg.given, "prompt", "seq_len", "seed"} - {"out"}}
-    text = writer.one(writer.config(**given), steps.append)
+    kind = dict(mode="infill", text=cfg.text) if cfg.text else dict(prompt=cfg.prompt, seq_len=cfg.seq_len)
+    how = {name: getattr(cfg, name) for name in cfg.given if name in Sampling.__dataclass_fields__}
+    text = writer.one(writer.config(**how, **kind, seed=cfg.seed), steps.append)
     write_file(Path(cfg.out), picture(steps).encode())
     print(textwrap.shorten(f"{cfg.out}: {len(steps)} steps, {Path(cfg.out).stat().st_size:,} bytes: {text}", 200))
 

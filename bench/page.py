@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import UserError, in_range, run
 from data import write_file
-from generate import LONGEST, generators, length_costs
+from generate import length_costs, lengths_tried
 from sample import check_page, load, page
 
 
@@ -53,11 +53,11 @@ def command(cfg, settings):
     return shlex.join(["python", "sample.py", *(f"--{name}={value}" for name, value in settings.items())])
 
 
-def lengths_tried(writer, cfg):
+def costs_of_lengths(writer, cfg):
     """What each length of an open blank costs, in words."""
-    lengths, pieces = range(1, LONGEST + 1), writer.task(cfg).pieces
-    costs = length_costs(writer.model, pieces, pieces.index(0), lengths, cfg,
-                         lambda: generators(writer.model.wte.device, cfg.seed, [0])[0])
+    task, lengths = writer.task(cfg), lengths_tried(writer.model.cfg)
+    make, = writer.makers(cfg, task.canvas, [0])
+    costs = length_costs(writer.model, task.pieces, task.pieces.index(0), lengths, cfg, make)
     return "nats a token behind it: " + ", ".join(f"{n}: {cost:.2f}" for n, cost in zip(lengths, costs, strict=True))
 
 
@@ -68,7 +68,7 @@ def record(writer, cfg, title, settings):
     hook = writer.model.register_forward_hook(lambda *_: calls.append(1))
     text = writer.one(how, steps.append)
     hook.remove()
-    tried = f"; {lengths_tried(writer, how)}" if "[MASK]" in how.text else ""
+    tried = f"; {costs_of_lengths(writer, how)}" if "[MASK]" in how.text else ""
     print(f"{title}, {len(calls)} network calls: {' '.join(text.split())}")
     about = f"{command(cfg, settings)}; {len(calls)} network calls{tried}; {writer.content['data']['label']}"
     return dict(title=f"{title}: {len(calls)} network calls", about=about, steps=steps)

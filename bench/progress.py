@@ -6,15 +6,17 @@ What a run learns: the bound and samples at several block lengths, of each check
 The figures are kept beside the picture, in progress.json, and only new checkpoints are measured.
 """
 import json
+import math
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as ckpt
 from configurator import UserError, in_range, run
+from data import write_file
 from generate import bound
 from quality import numbers, plain, read_windows, shuffled
 from sample import Writer
@@ -35,6 +37,9 @@ class Config:
 
     def check(self):
         in_range(self, 2, 1e6, "sequences")
+        if not all(0 <= n <= 1e6 for n in numbers(self.block_length, int) or [math.nan]):
+            raise UserError(f"block_length={self.block_length} is not a list of whole numbers; write for example "
+                            f"{Config.block_length}")
         if not Path(self.text).is_file():
             raise UserError(f"text={self.text} is no file; name held-out text")
 
@@ -86,12 +91,18 @@ def draw(cfg, rows):
 def main(cfg):
     paths = sorted(Path(cfg.run).glob(ckpt.CKPT))
     kept = Path(cfg.out).with_suffix(".json")
-    rows = {row["step"]: row for row in (json.loads(kept.read_text()) if kept.is_file() else [])}
+    what = {name: Path(value).name if name in ("run", "text") else value for name, value in asdict(cfg).items()}
+    del what["out"]
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    if found and found["settings"] != what:
+        raise UserError(f"{kept} holds figures of other settings; choose another --out, or delete it")
+    rows = {row["step"]: row for row in found.get("rows", [])}
     for path in paths:
         step = int(path.stem.split("_")[1])
         if step not in rows:
             rows[step] = measure(cfg, path)
-            kept.write_text(json.dumps([rows[step] for step in sorted(rows)], indent=1) + "\n")
+            found = dict(settings=what, rows=[rows[step] for step in sorted(rows)])
+            write_file(kept, (json.dumps(found, indent=1) + "\n").encode())
     if not rows:
         raise UserError(f"run={cfg.run} has no checkpoints; name the out_dir of a run")
     draw(cfg, [rows[step] for step in sorted(rows)])

@@ -36,7 +36,7 @@ import fables
 from configurator import UserError, in_range, run
 from data import Dataset, Texts, find_dataset, first_document, get_tokenizer, read_meta
 from diffusion import generator
-from generate import Canvas, Sampling, bound, generate, generators, plan
+from generate import Canvas, Sampling, Scorer, bound, generate, generators, plan
 from machine import choose_device, keep_memory
 from twins import cross_entropy, evaluate, load_twin
 
@@ -113,7 +113,8 @@ def read_documents(path):
     """The documents of a .jsonl file, one in each line under the key "text", or of a .txt file, which is one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        documents = [json.loads(line)["text"] for line in text.splitlines()] if path.endswith("l") else [text]
+        lines = [line for line in text.split("\n") if line.strip()]         # U+2028 is no end of a line
+        documents = [json.loads(line)["text"] for line in lines] if path.endswith("l") else [text]
         return list(map("".join, documents))                    # TypeError for what is no string
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"cannot read text={path} ({error}); name a .jsonl file with a text in each line, or a .txt "
@@ -130,14 +131,17 @@ def read_windows(path, tokenizer, block_size):
 
 def read_last_words(path, tokenizer, block_size):
     """Of each document the tokens up to the end of its last word, as many as a window holds, (1, T), and how many of
-    them are that word's (Paperno et al. 2016). Documents of less than ten words are left out."""
+    them are that word's (Paperno et al. 2016). A document has at least ten words before it; UserError if none has."""
     found = []
     for document in read_documents(path):
-        before, word = re.match(r"(?s)(.*?)(\s?[^\W_]*)[\W_]*\Z", document).groups()
-        ids = tokenizer.encode_ordinary(word)
-        if word and len(before.split()) >= 10 and len(ids) < block_size:
-            idx = [*tokenizer.encode_ordinary(before), *ids]
+        words = re.findall(r"\s*\S+", document.rstrip())
+        word = re.match(r"\s*\W*[\w'.,-]*\w|", words[-1] if words else "")[0]    # without what is behind it
+        before, ids = "".join(words[:-1]), tokenizer.encode_ordinary(word)
+        if word and len(words) > 10 and len(ids) < block_size:
+            idx = [tokenizer.eot_token, *tokenizer.encode_ordinary(before), *ids]
             found.append((torch.tensor([idx[-block_size:]]), len(ids)))
+    if not found:
+        raise UserError(f"text={path} has no document of more than ten words; give it more, or --pairs=0")
     return found
 
 
@@ -427,17 +431,12 @@ def dial(lengths, strided):
 def losses_at(model, idx, t, block_length, rng):
     """-log p of idx (B, T) where all blocks stand at noise of index t: the network's, of a second pass, and that of the
     best guess without any context: two of (B, T), in nats."""
-    E, alpha_bar = model.embedding(), model.alpha_bar()
-    texts, index = plain(idx), torch.full_like(idx, t)
-    x_0 = E[idx]
+    scorer, index, alpha_bar = Scorer(model, plain(idx), block_length), torch.full_like(idx, t), model.alpha_bar()
+    x_0 = scorer.E[idx]
     x_t = diffusion.add_noise(x_0, index, alpha_bar, diffusion.randn(x_0, rng))
     log_snr = diffusion.log_snr(index, alpha_bar)
-    order = diffusion.block_order(texts.loss_mask, block_length)
-    prompt, guess = model.encode_prompt(texts.prompt, texts.prompt_mask, E), None
-    for _ in range(2):
-        h = model.denoise(x_0, x_t, log_snr, order, prompt, E, guess)
-        guess, logits = model.predict(h, x_t, log_snr, E)
-    free = F.linear(model.evidence(x_t, log_snr), E, model.log_unigram)
+    _, logits = scorer.predict(slice(None), True, x_t, log_snr)
+    free = F.linear(model.evidence(x_t, log_snr), scorer.E, model.log_unigram)
     return cross_entropy(logits, idx), cross_entropy(free, idx)
 
 
@@ -681,6 +680,11 @@ def single_tokens(cfg, bench):
     return table
 
 
+def likeliest_of_twin(twin, idx, known):
+    """The tokens (1, T) that a twin takes for the likeliest, on the CPU."""
+    return in_batches(lambda *inputs: twin.predict(*inputs).argmax(-1), 1, idx, ~known[None], device=twin.blank.device)
+
+
 def last_words(cfg, bench):
     passages = read_last_words(cfg.text, bench.tokenizer, bench.windows.size(1))[:cfg.pairs]
     commonest = bench.model.log_unigram.argmax().item()
@@ -689,7 +693,7 @@ def last_words(cfg, bench):
         settings = replace(bench.settings, block_length=length, eta=0.0)
         guesses[name] = partial(fill, bench.model, settings, seed=cfg.seed)
     for name, twin in bench.twins.items():
-        guesses[f"{name} twin"] = partial(lambda twin, idx, known: twin.predict(idx, ~known[None]).argmax(-1), twin)
+        guesses[f"{name} twin"] = partial(likeliest_of_twin, twin)
     table = []
     for name, guess in guesses.items():
         right = []

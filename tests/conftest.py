@@ -113,7 +113,7 @@ def finish(script, argv):
         return script.main(configurator.load(script.Config, argv)) or 0
     except configurator.UserError as error:
         return configurator.say_error(error, 2)
-    except configurator.Fault as error:
+    except (configurator.Fault, OSError) as error:
         return configurator.say_error(error, 1)
     except SystemExit as stop:
         return stop.code or 0

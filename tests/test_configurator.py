@@ -179,6 +179,7 @@ if __name__ == "__main__":
     ("return None", [], 0, ""), ("return 130", [], 130, ""), ("raise BrokenPipeError", [], 141, ""),
     ("raise UserError('no\\nroom')", [], 2, "error: no room\n"), ("raise Fault('full')", [], 1, "error: full\n"),
     ("raise KeyboardInterrupt", [], 130, "error: interrupted\n"),
+    ("open('/nowhere/a')", [], 1, "error: /nowhere/a: No such file or directory; mend that, or choose another\n"),
     ("pass", ["--n=x"], 2, "error: --n=x must be a whole number, like 100_000 or 1e5\n")])
 def test_a_run_ends_with_one_line_and_its_code(tmp_path, line, args, code, err):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), line=line))

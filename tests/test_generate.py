@@ -390,3 +390,17 @@ def test_the_bound_of_one_step_for_a_token_is_the_default_of_the_limit_and_all_l
     texts = texts_of(torch.randint(50, (8, 12)))
     assert bound(small, texts, 8, 1) == bound(small, texts, 8, 1, steps=1)
     assert bound(small, texts, 8, 4) == bound(small, texts, 8, 4, steps=1000)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block_length, strided", [(16, False), (2, False), (2, True), (3, True), (4, True)])
+def test_what_is_not_written_yet_is_not_seen_whatever_stands_in_its_place(small, block_length, strided):
+    """Texts whose blanks differ in length, in one batch: a position is of other blocks in one row than in another."""
+    pieces = [list(range(8)), 0, list(range(20, 28))]
+    at, canvas = g.trial_canvas(pieces, 1, range(1, 7), small.cfg)
+    to_write = ~canvas.known & (canvas.idx == 0)
+    assert to_write.sum(1).tolist() == [1, 2, 3, 4, 5, 6] and at == 3
+    cfg = Sampling(block_length=block_length, strided=strided, steps=2, revisions=0)
+    made = [generate(small, canvas._replace(idx=torch.where(to_write, there, canvas.idx)), cfg,
+                     generators("cpu", 1, range(6))) for there in (0, 33)]
+    assert torch.equal(made[0][to_write], made[1][to_write]) and len(made[0][to_write].unique()) > 5

@@ -125,6 +125,21 @@ def test_conditioning_on_windows_of_one_token_each(small, capsys):
     assert "PROMPTS: 10 held-out prompts of 3 tokens, continued by 9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text, word", [
+    ('He said to the little dog, "I really do not, I don\'t."', " don't"),
+    ("one two three of " * 3 + "Ada's!\n", " Ada's"),
+    ("one two three of " * 3 + "3.50", " 3.50"), ("one two three of " * 3 + "(the end).", " end"),
+    ("one two\u2028three of " * 3 + "home...", " home")])
+def test_the_last_word_is_a_whole_word_without_what_is_behind_it(trained, shards, tmp_path, text, word):
+    tokenizer = get_tokenizer(read_meta(shards)["tokenizer"])
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n")
+    (idx, n), = quality.read_last_words(str(tmp_path / "text.jsonl"), tokenizer, 999)
+    assert tokenizer.decode(idx[0, -n:].tolist()) == word and idx[0, 0] == tokenizer.eot_token
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "too short to say."}))
+    with pytest.raises(quality.UserError, match="more than ten words"):
+        quality.read_last_words(str(tmp_path / "text.jsonl"), tokenizer, 999)
+
+
 def test_last_words_are_those_that_the_tokens_end_with_and_a_trained_network_guesses_them(tmp_path):
     import random
 
@@ -139,7 +154,7 @@ def test_last_words_are_those_that_the_tokens_end_with_and_a_trained_network_gue
     assert len(passages) == 12
     for (idx, n), text in zip(passages, told, strict=True):
         assert tokenizer.decode(idx[0, -n:].tolist()).strip() == text.rstrip('".!?').split()[-1].strip('"')
-        assert text.startswith(tokenizer.decode(idx[0].tolist())) and idx.size(1) <= 96
+        assert text.startswith(tokenizer.decode(idx[0].tolist()).removeprefix("<|endoftext|>")) and idx.size(1) <= 96
     cfg = quality.Config(text=str(file), pairs=12)
     bench = quality.Bench(model, Sampling(**ckpt.usual(content)), tokenizer, torch.zeros(1, 96), None, None,
                           {"causal": Judge(uniform(model.wte.shape[0]))})

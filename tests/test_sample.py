@@ -166,7 +166,7 @@ def test_steps_are_shown_of_open_blanks_and_of_windows_inside_a_document(base, t
 
 
 def test_prompts_from_a_file_and_from_stdin(base, tmp_path):
-    (tmp_path / "prompts.txt").write_text("the dog\n\nthe sea\n")
+    (tmp_path / "prompts.txt").write_text("\ufeffthe dog\n\nthe sea\n")
     out = write(base, "--json", f"--prompt=@{tmp_path / 'prompts.txt'}")
     assert [json.loads(line)["prompt"] for line in out.stdout.splitlines()] == ["the dog", "the sea"]
     assert write(base, "--prompt", "-", stdin="the wind\n").stdout.startswith("the wind")
@@ -192,7 +192,7 @@ def test_a_text_with_blanks_from_a_file_and_what_is_not_written_yet_is_dots(base
     writer = script.load(base, "cpu", "float32")
     ids, err, kept = writer.tokenizer.encode_ordinary("the dog sea"), io.StringIO(), []
     watch = script.Watch(script.Config(show=True, mode="infill"), writer, writer.task(script.Config()), kept.append)
-    watch.begin(0, torch.arange(len(ids)) < 1, 1)
+    watch.begin(torch.arange(len(ids)) < 1, 1)
     with contextlib.redirect_stderr(err):
         watch(250, torch.tensor([ids]), torch.tensor([1]), torch.zeros(1, 1, 300))
     dots = "\u00b7" * (len(ids) - 2)
@@ -217,10 +217,12 @@ def test_the_program_shows_the_steps_and_names_the_text_it_was_trained_on(base):
     (["--mode=infill", "--text=a [MASK: 3]"], "[MASK: 3] is no blank"),
     (["--mode=infill", "--text=@nowhere.txt"], "cannot read nowhere.txt"),
     (["--mode=infill", "--text=a [MASK:0]"], "a blank of 0 tokens"),
-    (["--mode=infill", "--text=a [MASK:9999999999]"], "a blank of 9999999999 tokens"),
+    (["--mode=infill", "--text=a [MASK:999999999]"], "a blank of 999999999 tokens"),
+    (["--mode=infill", "--text=a [MASK:9999999999]"], "is no blank"),
     (["--mode=infill", "--text=[MASK]", "--seq_len=3"], "takes --text and no --"),
     (["--text=a [MASK]"], "--text is for --mode=infill"),
     (["--mode=write"], "mode=write is unknown; use one of generate, infill"),
+    (["--serve", "--seq_len=8"], "leave out --seq_len"),
     (["--sampler=euler"], "use one of ddim, ddpm, constrained_ddim"),
     (["--sampler=ddpm", "--eta=0.5"], "ddpm is eta=1"),
     (["--prompt", "dog " * 50], "more than the 16"),
@@ -375,12 +377,16 @@ class Words:
 def test_seams_have_their_spaces_and_documents_a_blank_line_between(pieces, spaced, text):
     assert script.spell(Words(), pieces, spaced) == text
     assert script.join("The list is", "olved") == "The list is olved" and script.join("Well", ", no") == "Well, no"
+    assert script.join("\u4f60\u597d", "\u4e16") == "\u4f60\u597d\u4e16" and script.join("in 19", "84") == "in 1984"
+    assert script.join("Das ist", "\u00fcber") == "Das ist \u00fcber"
 
 
-def test_a_blank_in_a_prompt_is_explained(base):
+def test_a_blank_in_a_prompt_is_explained(base, tmp_path):
     err = write(base, "--prompt=The sky is [MASK] today", code=2).stderr
     assert "--mode=infill --text=" in err
     assert "not UTF-8" in write(base, "--prompt=caf\udce9", code=2).stderr
+    (tmp_path / "prompts.txt").write_text("the dog\nthe [MASK] sea\n")
+    assert "--mode=infill --text=" in write(base, f"--prompt=@{tmp_path / 'prompts.txt'}", code=2).stderr
 
 
 def test_guidance_of_an_infill_is_warned_about(base):
@@ -399,7 +405,8 @@ def test_mistakes_in_python_are_those_of_the_command_line(base):
     writer = script.load(base, "cpu", "float32")
     for settings, words in ((dict(temprature=1.0), "did you mean temperature?"), (dict(seed="x"), "seed is 'x'"),
                             (dict(show=1), "show is 1"), (dict(num_samples=2), "this writes one text"),
-                            (dict(steps=2000), "noise levels"), (dict(temperature=0), "out of range")):
+                            (dict(steps=2000), "noise levels"), (dict(quantize="int8"), "quantize is not a setting"),
+                            (dict(temperature=0), "out of range")):
         with pytest.raises(UserError, match=re.escape(words)):
             writer.generate("the dog", **settings)
     for text in ("no blank", "a [mask]", "a [MASK:0]"):

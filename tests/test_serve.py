@@ -25,6 +25,8 @@ def server():
     def write(asked, keep):
         keep([1.0, [["the", None], [" sea", -1]], [1]])
         assert server.busy.wait(10)
+        if asked["text"] == "bug":
+            raise ZeroDivisionError
         keep([0.5, [["the", None], [" sea", 0.5]], [1]])
         return json.dumps(asked)
     server = serve.Server(0, b"the page", write)
@@ -97,6 +99,12 @@ def test_one_text_is_written_at_a_time_and_a_page_that_is_closed_ends_it(server,
     while ask(server)[0] == 503:
         assert time.monotonic() < deadline
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_fault_of_the_program_reaches_the_page_and_the_terminal(server, capfd):
+    status, body = ask(server, body=json.dumps({**ASKED, "text": "bug"}))
+    assert status == 200 and "the terminal shows which" in json.loads(body.splitlines()[-1])["error"]
+    assert ask(server)[0] == 200 and "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_is_said(server, base):

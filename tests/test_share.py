@@ -153,6 +153,8 @@ def test_tensors_are_written_and_read_as_by_the_safetensors_package(tmp_path):
     b"", b"5", b"[]", b'{"a": 5}', b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', b"{" * 9000,
     b'{"a": {"dtype": "F32", "shape": [-1, 2], "data_offsets": [-8, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [1], '
+    b'"data_offsets": [0, 4]}}',
     b'{"a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]}}', b'{"a": {"dtype": "F32", "shape": [2]}}',
     b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "__class__": 5}}'])
 def test_odd_headers_of_tensors_are_refused(exported, tmp_path, header):
@@ -411,10 +413,12 @@ def test_the_progress_of_a_run_is_measured_once_a_checkpoint(base, tmp_path, mon
     names = [re.match(r"step 20, (.*): \d", line)[1] for line in lines]
     assert names == ["token by token", "blocks of 4", "the whole window"]
     assert "nats" not in said[1] and said[1].endswith("a.png: 1 checkpoints\n")
-    row, = json.loads((tmp_path / "a.json").read_text())
+    row, = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert row["step"] == 20 and all(0 < found < 20 and error > 0 for found, error, _ in row["lengths"].values())
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "is no file" in call([*command, "--text=nowhere"], code=2).stderr
+    assert "other settings" in call([*command, "--block_length=4"], code=2).stderr
+    assert "not a list" in call([*command, "--block_length=a"], code=2).stderr
     (tmp_path / "none").mkdir()
     empty = [*command, f"--run={tmp_path / 'none'}", f"--out={tmp_path / 'b.png'}"]
     assert "has no checkpoints" in call(empty, 2).stderr

@@ -450,6 +450,16 @@ def test_an_evaluation_survives_a_bound_beyond_exp_and_does_not_count_as_trainin
     assert sum("bound" in row for row in rows) == 3 and all(row["step_ms"] < 500 for row in rows if "step_ms" in row)
 
 
+def test_a_signal_in_the_last_step_is_told_and_the_evaluation_made_later(shards, tmp_path, monkeypatch):
+    args = ["train.py", *SIZE, "--max_steps=2", f"--dataset={shards}", f"--out_dir={tmp_path / 'run'}"]
+    caught = iter([0, 15])
+    monkeypatch.setattr(train.mc, "any_process", lambda signals: next(caught))
+    said = call(args, code=128 + 15).stdout
+    assert "saved step 2" in said and "done" not in said and '"bound"' not in (tmp_path / "run/log.jsonl").read_text()
+    monkeypatch.undo()
+    assert "done: step 2" in call(args).stdout and '"bound"' in (tmp_path / "run/log.jsonl").read_text()
+
+
 def test_an_evaluation_that_was_killed_is_made_when_the_run_goes_on(shards, tmp_path, monkeypatch):
     def killed(*_, **__):
         raise train.Fault("killed")
