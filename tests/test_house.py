@@ -1,5 +1,6 @@
 """The house stays in order: lines, functions, size and imports of the ten core files, read with ast."""
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -47,6 +48,12 @@ def test_a_file_imports_what_it_may_and_a_script_no_script(name):
     found = {node.module for node in NODES[name] if isinstance(node, ast.ImportFrom)}
     found |= {part.name for node in NODES[name] if isinstance(node, ast.Import) for part in node.names}
     assert found & {*SOURCES} <= {*MAY_IMPORT[name].split()}
+
+
+def test_a_clock_that_jumps_back_changes_nothing():
+    """Nothing reads the clock on the wall, but the choice of the newest of several runs by the time of their files."""
+    found = {name: re.findall(r"time\.time\b|datetime\.|localtime|mtime", source) for name, source in SOURCES.items()}
+    assert {name: uses for name, uses in found.items() if uses} == {"checkpoint": ["mtime"]}
 
 
 def test_the_core_stays_small():
