@@ -366,10 +366,10 @@ def check_waits(day):
         decoder = Decoder(ckpt.to_inference(net, device), canvas, Sampling(block_length=0, guidance_scale=2.0),
                           torch.zeros(n, dtype=torch.int64), generators(device, day.cfg.seed, [0]), None)
         pos = torch.arange(n, device=device)
-        decoder.write_block(pos, 6)                         # the steps are recorded
+        decoder.denoise_block(0, pos, 6, decoder.rng)       # the steps are recorded
         decoder.new = pos[:0]
         with no_waits(day):
-            decoder.write_block(pos, 6)
+            decoder.denoise_block(0, pos, 6, decoder.rng)
     return 0, 0
 
 

@@ -274,7 +274,7 @@ def test_what_holds_is_seen_as_given_and_stays_while_the_rest_is_rewritten(small
             calls.append(now.sum())
         return h
     monkeypatch.setattr(Decoder, "hidden", compared)
-    monkeypatch.setattr(Decoder, "read", read)
+    monkeypatch.setattr(Decoder, "revise", read)
     cfg = Sampling(block_length=block_length, strided=strided, steps=3, revisions=1, guidance_scale=guidance)
     generate(small, canvas, cfg, generators("cpu", 1, [0, 1]))
     assert sum(calls) == 3 * ((~known).sum() - len(blocks[~known].unique()))
@@ -286,7 +286,7 @@ def test_a_text_is_read_until_it_holds_or_so_many_times(small, monkeypatch):
 
     def count(answers, **settings):
         calls = []
-        monkeypatch.setattr(Decoder, "read", lambda decoder, pos, *_: torch.full((1, len(pos)), next(answers)))
+        monkeypatch.setattr(Decoder, "revise", lambda decoder, pos, *_: torch.full((1, len(pos)), next(answers)))
         generate(small, canvas, Sampling(**{"block_length": 6, "steps": 2, **settings}), generators("cpu", 1, [0]),
                  lambda *step: calls.append(step))
         return len(calls)
