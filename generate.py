@@ -411,6 +411,7 @@ def bound(model, texts, batch_size, block_length, strided=False, steps=0):
     parts = torch.where(mask, all_reduce(parts), 0).sum(2)                                      # (3, B)
     total, tokens = parts.sum(0), mask.sum(1)                                                   # of each text
     mean = total.sum() / tokens.sum()
-    error = (total - mean * tokens).std(correction=1) * len(total) ** 0.5 / tokens.sum()        # of a ratio of sums
+    spread = (total - mean * tokens).std(correction=1) if len(total) > 1 else torch.tensor(torch.nan)
+    error = spread * len(total) ** 0.5 / tokens.sum()                                           # of a ratio of sums
     row = {name: (part.sum() / tokens.sum()).item() for name, part in zip(diffusion.Bound._fields, parts, strict=True)}
     return {**row, "bound": mean.item(), "bound_error": error.item()}

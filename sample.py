@@ -39,7 +39,7 @@ MARK = "<|endoftext|>"            # before a document
 SPELLED = 0.7                     # tokens a byte, from which on a text is said to be spelled rather than read
 PAGE = Path(__file__).with_name("viewer.html")
 OF_PROGRAM = {"checkpoint", "device", "dtype", "quantize", "batch_size", "json", "html", "export", "serve", "port"}
-PRETRAINED = Path(__file__).with_name("pretrained") / "fables"              # writes where no other network is named
+PRETRAINED = Path(__file__).with_name("pretrained") / "simple"              # writes where no other network is named
 BOLD, FAINT, PLAIN = (f"\033[{n}m" for n in (1, 2, 0))      # orders to a terminal
 CARD = """---
 license: other
@@ -62,10 +62,11 @@ text may. Unedited, the first sample with seed {seed}, its prompt and its text:
 
 @dataclass(frozen=True)
 class Config(Sampling):
-    checkpoint: str = ""             # file, folder of a run, adapters or export, hf:user/name; "": pretrained/fables
+    checkpoint: str = ""             # file, folder of a run, adapters or export, hf:user/name; "": pretrained/simple
     mode: str = "generate"           # generate, or infill with --text
     prompt: str = ""                 # text to continue, or instruction to answer; @FILE one a line, - stdin
     text: str = ""                   # infill: text with [MASK] (1 to 12 tokens, as fits) or [MASK:n] (n); @FILE, -
+    temperature: float = 0.8         # below 1 is safer and duller; 1 is what the network learnt
     num_samples: int = 1             # samples of each prompt or text
     seq_len: int = 0                 # tokens to write; 0 is all that the window of the network leaves
     batch_size: int = 8              # samples at a time; in float32 it does not change them

@@ -1,7 +1,7 @@
 """
 A moving picture of a text that is denoised, as an SVG that a README or a slide can show.
 
-    python bench/animate.py --prompt="Once there was a brave mouse named Ada." --out=denoising.svg
+    python bench/animate.py --prompt="Once upon a time there was a girl" --out=denoising.svg
 
 Bold is given, dots are noise, and the fainter a word the less sure the network is of it.
 """
@@ -29,10 +29,10 @@ rect { fill: #14191f; stroke: #37424d } }"""
 
 @dataclass(frozen=True)
 class Config(Sampling):
-    checkpoint: str = ""                 # network that writes; "": pretrained/fables
-    prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."     # text to continue
+    checkpoint: str = ""                 # network that writes; "": pretrained/simple
+    prompt: str = "A: What is your favorite movie?"                     # text to continue
     text: str = ""                       # in its place a text with [MASK] or [MASK:n], to be filled in
-    seq_len: int = 32                    # tokens to write after the prompt; 0 is all that the window leaves
+    seq_len: int = 40                    # tokens to write after the prompt; 0 is all that the window leaves
     seed: int = 2
     out: str = "denoising.svg"           # file of the picture
 
@@ -45,13 +45,15 @@ def lines_of(words):
     """Words (token, sure) in lines of at most COLUMNS characters: lists of (characters, class, opacity)."""
     lines, width = [[]], 0
     for token, sure in words:
-        token = " ..." if sure == -1 else token.replace("\n", " ")
-        if width + len(token) > COLUMNS:
-            lines.append([])
-            width, token = 0, token.lstrip()
         kind = {None: "given", -1: "noise"}.get(sure, "word")
-        lines[-1].append((token, kind, 1.0 if kind != "word" else round(0.25 + 0.75 * sure, 2)))
-        width += len(token)
+        opacity = 1.0 if kind != "word" else round(0.25 + 0.75 * sure, 2)
+        for number, part in enumerate((" ..." if kind == "noise" else token).split("\n")):
+            if (number and width) or width + len(part) > COLUMNS:           # no blank lines
+                lines.append([])
+                width = 0
+            part = part if width else part.lstrip()
+            lines[-1].append((part, kind, opacity))
+            width += len(part)
     return lines
 
 

@@ -1,7 +1,7 @@
 """
 One page on which several denoisings can be watched: the window, blocks, the autoregressive limit, a blank.
 
-    python bench/page.py --prompt="Once there was a brave mouse" --text="Ada was a brave [MASK]."
+    python bench/page.py --prompt="Once upon a time" --text="She had a [MASK] and was very happy."
 
 Each is written with the same seed by the same network; the number of its calls stands beside it.
 """
@@ -20,12 +20,12 @@ from sample import check_page, load, page
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = ""             # network that writes; "": pretrained/fables
-    prompt: str = "Once there was a brave mouse named Ada. Snow lay on the fields."     # text to continue
-    text: str = "Ada was a brave [MASK] who lived near the mill. It had rained all night."     # text with one blank
+    checkpoint: str = ""             # network that writes; "": pretrained/simple
+    prompt: str = "A: What is your favorite movie?"      # text to continue
+    text: str = "A: What did you think of the [MASK]? B: I thought it was very funny."     # text with one blank
     seq_len: int = 32                # tokens to write after the prompt; 0 is all that the window leaves
     seed: int = 2
-    temperature: float = 1.0         # below 1 is safer and duller
+    temperature: float = 0.8         # below 1 is safer and duller
     out: str = "denoisings.html"     # file of the page
 
     def check(self):
