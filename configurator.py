@@ -165,6 +165,9 @@ def load(Config, argv=None):
     for path in files:
         settings.update(read_config(path, kinds))
     settings.update(from_argv)
+    for name, value in settings.items():
+        if re.search("[\ud800-\udfff]", str(value)):
+            raise UserError(f"{name}={shorten(value)} is not UTF-8; write it in UTF-8")
     cfg = Config(**settings)
     object.__setattr__(cfg, "given", frozenset(settings))           # the dataclass is frozen, and this is no setting
     if hasattr(cfg, "check"):

@@ -694,7 +694,7 @@ def train(cfg, machine):
         ckpt.check_base(cfg, content, kept)
     start = mc.broadcast(content["step"] if content else 0)
     raw_model, ema, model, optimizer = build(cfg, train_data, content, base, machine)
-    log = Log(cfg, file, start, content and content["wandb_id"], machine.device)
+    log = Log(cfg, file, start, content and content.get("wandb_id"), machine.device)
     del base, content
     if cfg.batch_size == 0:
         size = fit_batch(cfg, raw_model, model, optimizer, train_data, machine)

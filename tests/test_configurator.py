@@ -72,7 +72,8 @@ def test_accepted_values(argv, name, value):
     (["--lr=fast"], "lr=fast must be a finite number"), (["--resume=yes"], "resume=yes must be true or false"),
     (["--resume=1"], "true or false"), (["--resume", "yes"], "cannot read yes"),
     (["--resume="], "true or false"), (["--lr"], "--lr needs a value: --lr=..."), (["--prompt", "--lr"], "needs a"),
-    (["--lr=-1"], "lr=-1.0 is not positive; try 3e-4"), (["missing.py"], "missing.py: No such file")])
+    (["--lr=-1"], "lr=-1.0 is not positive; try 3e-4"), (["missing.py"], "missing.py: No such file"),
+    (["--prompt=caf\udce9"], "is not UTF-8")])
 def test_refused_arguments(argv, says):
     assert says in refused(*argv)
 
@@ -111,6 +112,11 @@ def test_a_pipe_a_huge_file_and_a_text_in_the_place_of_a_config_file_are_refused
     assert "has 2,097,152 bytes" in refused(str(tmp_path / "huge"))
     assert "text is given as --prompt='Once upon a time'" in refused("Once upon a time")
     assert "cannot read a\0b" in refused("a\0b")
+
+
+def test_half_a_character_in_a_config_file_is_refused(tmp_path):
+    (tmp_path / "half.py").write_text(r"prompt = '\ud800'")
+    assert "is not UTF-8" in refused(str(tmp_path / "half.py"))
 
 
 @pytest.mark.parametrize("name, hint", [("iters", "did you mean max_steps?"), ("top_k", "--temperature"),
@@ -220,7 +226,7 @@ def test_help_shows_every_setting_once(capsys):
     assert len({line.index(text) for line, text in zip(lines[-3:], ("learn", "go on", "text"), strict=True)}) == 1
 
 
-@pytest.mark.parametrize("script, setting", [("train", "--batch_tokens=65536"), ("sample", "--temperature=1.0"),
+@pytest.mark.parametrize("script, setting", [("train", "--batch_tokens=65536"), ("sample", "--temperature=0.8"),
                                              ("prepare_fineweb", "--shard_tokens=100000000")])
 def test_help_of_a_script_opens_with_its_docstring(script, setting):
     out = call([f"{script}.py", "--help"]).stdout

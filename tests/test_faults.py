@@ -222,6 +222,14 @@ def test_a_checkpoint_that_runs_code_is_refused(command, trained):
     assert not (trained / "sentinel").exists() and not (trained / "new").exists()
 
 
+def test_a_checkpoint_without_a_name_at_wandb_is_resumed(command, trained):
+    content = checkpoint.read(trained / "ckpt_00000004.pt")
+    assert content.pop("wandb_id") is None
+    torch.save(content, trained / "new.pt")
+    (trained / "new.pt").replace(trained / "ckpt_00000004.pt")
+    assert "resuming at step 4" in call([*command, "--resume", "--max_steps=5"]).stdout
+
+
 def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(command, trained):
     for path in trained.glob("ckpt*"):
         replace(path, format=4)
