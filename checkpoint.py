@@ -21,7 +21,7 @@ import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from configurator import Fault, UserError, check_fields, printable, read_file, replacing
+from configurator import Fault, UserError, check_fields, parse_json, printable, read_file, replacing
 from machine import world_size
 from model import GPT2_DIM, ModelConfig, SunFish, add_lora, merge_lora, quantize
 
@@ -145,6 +145,7 @@ def save(cfg, done, state, **content):
 def check_resumable(cfg, data, content):
     """Raise UserError for another network or other data than the checkpoint's, and without cfg.resume for any other
     setting; print what else differs."""
+    check_fields(f"the checkpoint in {cfg.out_dir}", content, model=dict, optimizer=dict, world_size=int)
     fixed = {*ModelConfig.__dataclass_fields__, "seed", "batch_tokens", "lora_rank", "lora_alpha"}
     old = {field.name: content["config"].get(field.name, field.default) for field in dataclasses.fields(cfg)}
     free = {"resume"} if cfg.batch_size else {"resume", "batch_size"}                   # 0 is what fits
@@ -282,7 +283,7 @@ def read_tensors(path):
     start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
     if not 8 < start <= min(size, 2**26):
         raise ValueError("its header is cut short")
-    header = json.loads(bytes(data[8:start].numpy()))
+    header = parse_json(bytes(data[8:start].numpy()))
     rows = {name: row for name, row in header.items() if name != "__metadata__"}
     if sum(row["data_offsets"][1] - row["data_offsets"][0] for row in rows.values()) > size - start:
         raise ValueError("its tensors overlap")         # many small entries could fill the memory
@@ -329,7 +330,7 @@ def read_export(folder):
     """What `export` wrote, as the content of a checkpoint; Fault if it is damaged. Its fingerprint is no protection
     against malice."""
     try:
-        config, tokenizer = (json.loads(read_file(folder / name, 2**26)) for name in EXPORT[1:])
+        config, tokenizer = (parse_json(read_file(folder / name, 2**26)) for name in EXPORT[1:])
         config["data"]["tokenizer"] = tokenizer
         content = {**config, "ema": {name: read() for name, read in read_tensors(folder / EXPORT[0]).items()}}
     except Exception as error:                          # of json, of files, of tensors

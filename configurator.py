@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import operator
 import os
@@ -108,6 +109,14 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def parse_json(text):
+    """The value of a text, or bytes, of JSON; ValueError, and nothing else, if it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets within brackets without end") from None
 
 
 def check_fields(where, content, **fields):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import diffusion
-from configurator import Fault, UserError, check_fields, printable, read_file, replacing, shorten
+from configurator import Fault, UserError, check_fields, parse_json, printable, read_file, replacing, shorten
 from diffusion import LATER
 
 MAGIC, HEADER_BYTES = 20240520, 1024
@@ -93,13 +93,13 @@ def read_parts(folder):
     parts = {}
     for path in sorted(Path(folder).glob("meta*.json")):
         try:
-            part = json.loads(read_file(path, 2**26))
+            part = parse_json(read_file(path, 2**26))
             check_fields(path, part, **META)
             for shard in part["shards"]:
                 check_fields(f"{path}, shards", shard, **SHARD)
                 if not re.fullmatch(r"[\w-]+\.bin", shard["name"]):              # of this folder
                     raise UserError(f"{shorten(shard['name'])} is no name of a shard")
-        except (UserError, ValueError, RecursionError) as error:
+        except (UserError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {folder} and prepare it again") from None
         parts[path] = part | {name: printable(part[name]) for name in ("label", "licence")}
     return parts

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 import fables
-from configurator import Fault, UserError, in_range, one_of, read_file, run
+from configurator import Fault, UserError, in_range, one_of, parse_json, read_file, run
 from data import (COUNTS, EMBEDDED, HUB, OFFLINE, PATTERN, encode, fingerprint_shards, format_instruction,
                   get_tokenizer, lock, read_parts, write_file, write_shard)
 
@@ -139,7 +139,7 @@ def read_tokenizer(kind):
     file = Path(kind, "tokenizer.json")
     try:
         if file.exists():
-            return json.loads(read_file(file, 2**26))
+            return parse_json(read_file(file, 2**26))
         return next(iter(read_parts(kind).values()))["tokenizer"]
     except (ValueError, StopIteration):
         raise UserError(f"tokenizer={kind} has no meta.json or tokenizer.json; name another folder") from None
@@ -436,7 +436,7 @@ def read_rows(path, suffix):
         while line := file.readline(LONGEST):           # none is left of a text file
             if len(line) == LONGEST:
                 raise ValueError(f"a line of more than {LONGEST:,} characters")
-            yield json.loads(line) if line.strip() else {"text": line}
+            yield parse_json(line) if line.strip() else {"text": line}
 
 
 def program():

@@ -25,7 +25,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
-from configurator import Fault, UserError, check_fields, in_range, one_of, printable, read_file, run, shorten, unknown
+from configurator import (Fault, UserError, check_fields, in_range, one_of, parse_json, printable, read_file, run,
+                          shorten, unknown)
 import checkpoint as ckpt           # torch is imported here, after what catches Ctrl-C meanwhile
 from data import cut_at_eot, first_document, format_instruction, get_tokenizer, write_file
 from diffusion import generator
@@ -265,7 +266,7 @@ def export_network(cfg, path, content, text):
     log_file = path.parent / "log.jsonl" if path.is_file() else Path()
     for line in read_file(log_file).splitlines() if log_file.is_file() else []:
         with contextlib.suppress(ValueError, UserError):               # the last may be cut short
-            row = json.loads(line)
+            row = parse_json(line)
             check_fields(log_file, row, step=(int, 0, content["step"]),
                          **{name: rule for name, rule in ckpt.MEASURED.items() if name in row})
             found |= {name: row[name] for name in found if name in row}

@@ -11,7 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from configurator import Fault, UserError, check_fields
+from configurator import Fault, UserError, check_fields, parse_json
 
 MOST = 16_384                            # bytes of a request
 ASKED = {"text": str, "block_length": (int, 0, 64), "temperature": (float, 0.1, 2), "seed": (int, 0, 10**6)}
@@ -34,9 +34,9 @@ class Handler(BaseHTTPRequestHandler):
         if not size.isdecimal() or int(size) > MOST:
             return self.answer(413, "text/plain", f"write 1 to {MOST:,} bytes, and say how many".encode())
         try:
-            asked = json.loads(self.rfile.read(int(size)))
+            asked = parse_json(self.rfile.read(int(size)))
             check_fields("the request", asked, **ASKED)
-        except (ValueError, RecursionError):
+        except ValueError:
             return self.answer(400, "text/plain", b"the request is no JSON")
         except UserError as error:
             return self.answer(400, "text/plain", str(error).encode())

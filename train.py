@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from configurator import Fault, UserError, describe, in_range, one_of, run      # catches Ctrl-C from here on
+from configurator import Fault, UserError, describe, in_range, one_of, parse_json, run  # catches Ctrl-C from here on
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -609,7 +609,7 @@ def truncate_log(file, start):
     lines.seek(0)
     while line := lines.readline(2**20):                                    # a longer one is no row
         with contextlib.suppress(ValueError, TypeError, LookupError):       # a line that is no row stays
-            row = json.loads(line)
+            row = parse_json(line)
             if row["step"] > start:
                 break
             has_bound |= row["step"] == start and "bound" in row

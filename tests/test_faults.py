@@ -222,11 +222,23 @@ def test_a_checkpoint_that_runs_code_is_refused(command, trained):
     assert not (trained / "sentinel").exists() and not (trained / "new").exists()
 
 
+def take_out(path, name):
+    """Another file in the place of a checkpoint, without one of its fields, which is returned."""
+    content = checkpoint.read(path)
+    taken = content.pop(name)
+    torch.save(content, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    return taken
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "world_size"])
+def test_a_checkpoint_without_the_state_of_a_run_is_refused(command, trained, name):
+    take_out(trained / "ckpt_00000004.pt", name)
+    assert f"{name} is missing" in call([*command, "--resume", "--max_steps=5"], code=2).stderr
+
+
 def test_a_checkpoint_without_a_name_at_wandb_is_resumed(command, trained):
-    content = checkpoint.read(trained / "ckpt_00000004.pt")
-    assert content.pop("wandb_id") is None
-    torch.save(content, trained / "new.pt")
-    (trained / "new.pt").replace(trained / "ckpt_00000004.pt")
+    assert take_out(trained / "ckpt_00000004.pt", "wandb_id") is None
     assert "resuming at step 4" in call([*command, "--resume", "--max_steps=5"]).stdout
 
 
@@ -375,7 +387,7 @@ def test_a_row_that_was_cut_short_is_dropped_and_the_others_stay(command, traine
 def test_odd_rows_of_the_log_never_stop_a_run(command, trained):
     """Such as another program, or a fault of the disk, may leave there; later rows are kept."""
     rows = (trained / "log.jsonl").read_text().splitlines()
-    odd = ["5", "null", "{}", "[]", '{"step": "x"}', "\0\0", "no json", "\udcff"]
+    odd = ["5", "null", 100_000 * "[", "{}", "[]", '{"step": "x"}', "\0\0", "no json", "\udcff"]
     text = "\n".join([rows[0], *odd, *rows[1:]]) + "\n"
     (trained / "log.jsonl").write_text(text, errors="surrogateescape")
     call([*command, "--resume", "--max_steps=6"])

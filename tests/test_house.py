@@ -58,10 +58,10 @@ def test_a_clock_that_jumps_back_changes_nothing():
 
 def test_the_core_stays_small():
     """Planned were 120 kB; without docstrings and comments it was 137, what a GPU needs took 11 more, revisions 3,
-    what checks that nothing odd comes in 15, a page, a Writer and tensors without a package 12: this holds what was
+    what checks that nothing odd comes in 16, a page, a Writer and tensors without a package 12: this holds what was
     reached (bench/LOG.md). The embedded language, fables.py, is no part of it."""
     sizes = {name: len(source.encode()) for name, source in SOURCES.items() if name != "fables"}
-    assert sum(sizes.values()) <= 229_000, f"{sum(sizes.values()):,} bytes: {sizes}"
+    assert sum(sizes.values()) <= 229_500, f"{sum(sizes.values()):,} bytes: {sizes}"
 
 
 @pytest.mark.parametrize("code, fault", [

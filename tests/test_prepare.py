@@ -216,9 +216,10 @@ def test_meta_files_that_are_damaged_or_not_true_are_refused(tmp_path):
     assert "not finished" in refused(read_meta, folder) and "no data" in refused(find_dataset, str(folder))
     path.write_text(json.dumps(meta | {"shards": [*meta["shards"], {**meta["shards"][0], "name": "train_000001.bin"}]}))
     assert "train_000001.bin is missing" in refused(read_meta, folder)
-    odd = [{"shards": [meta["shards"][0] | {"name": name}]} for name in ("", "..", "../train_000000.bin", "/", "\0.bin")]
-    wrong = [json.dumps(meta | change) for change in ({"vocab_size": "300"}, {"shards": [3]}, {"tokenizer": None}, *odd)]
-    for text in ("{}", "[]", "{", "5", "", "\xff", *wrong):
+    names = ("", "..", "../train_000000.bin", "/", "\0.bin")
+    odd = [{"shards": [meta["shards"][0] | {"name": name}]} for name in names] + [{"shards": [3]}]
+    wrong = [json.dumps(meta | change) for change in ({"vocab_size": "300"}, {"tokenizer": None}, *odd)]
+    for text in ("{}", "[]", "{", "5", "", "\xff", 100_000 * "[", *wrong):
         path.write_text(text, encoding="latin-1")
         for function in (read_meta, find_dataset):
             assert f"{path} is damaged" in refused(function, str(folder))

@@ -16,8 +16,8 @@ B: I saw the new Star Wars movie last week. It was great!
 A: I liked it too. Who is your favorite character?
 B: I really like Han Solo. He is funny.
 """
-STORY = """Once upon a time, there was a little girl named Lily. She loved to play in the park with her friends. One day, she
-saw a big dog. The dog was very sad. Lily gave him her ball, and they played until it was time to go home."""
+STORY = """Once upon a time, there was a little girl named Lily. She loved to play in the park with her friends. One
+day, she saw a big dog. The dog was very sad. Lily gave him her ball, and they played until it was time to go home."""
 
 
 @pytest.mark.parametrize("name", ["simple", "fables"])
