@@ -59,7 +59,7 @@ def test_the_training_step_of_the_readme_is_that_of_train():
 
 
 def test_the_python_of_the_readme_writes(capsys):
-    """As it stands there, but for a seed, with the network of the repository: a dialogue, and a blank that is filled."""
+    """As it stands there, but for a seed, with the network of the repository: a dialogue, and a blank filled."""
     lines, = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "from sample import load" in code)
     assert len(lines.splitlines()) <= 5
     exec(lines.replace("steps=16)", "steps=16, seed=1)").replace('funny.")', 'funny.", seed=1)'), {})
