@@ -1,9 +1,9 @@
 """
 Write with a trained SunFish: freely, after a prompt, or into the blanks of a text.
 
-    python sample.py --prompt "The list is sorted"
+    python sample.py --prompt "Once upon a time"
     python sample.py --num_samples=4 --seq_len=64 --block_length=16
-    python sample.py --mode=infill --text "The future of AI is [MASK] and [MASK:3]."   # any length; 3 tokens
+    python sample.py --mode=infill --text "A: I saw [MASK] with my [MASK:3]."   # any length; 3 tokens
     python sample.py --checkpoint=out/instruct --prompt "Name three colours."          # trained to answer
     python sample.py --serve                                                           # in a browser
 
@@ -118,7 +118,7 @@ def read_text(text):
             text = sys.stdin.read().strip("\n")
         elif text.startswith("@"):
             text = read_file(text[1:], 2**26).decode("utf-8-sig").strip("\n")
-        text.encode()                                   # what is not UTF-8 on the command line
+        text.encode()                                   # what is not UTF-8, from Python too
     except UnicodeError as error:
         raise UserError(f"the text {shorten(text)} is not UTF-8 ({error}); save it as UTF-8") from None
     return text

@@ -183,9 +183,11 @@ def test_what_torch_says_of_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def replace(path, **content):
+def replace(path, without="", **content):
     """Another file in the place of a checkpoint; not written over it, as its tensors are mapped from there."""
-    torch.save({**checkpoint.read(path), **content}, path.with_suffix(".new"))
+    content = {**checkpoint.read(path), **content}
+    content.pop(without, None)
+    torch.save(content, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
@@ -222,23 +224,14 @@ def test_a_checkpoint_that_runs_code_is_refused(command, trained):
     assert not (trained / "sentinel").exists() and not (trained / "new").exists()
 
 
-def take_out(path, name):
-    """Another file in the place of a checkpoint, without one of its fields, which is returned."""
-    content = checkpoint.read(path)
-    taken = content.pop(name)
-    torch.save(content, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
-    return taken
-
-
 @pytest.mark.parametrize("name", ["model", "optimizer", "world_size"])
 def test_a_checkpoint_without_the_state_of_a_run_is_refused(command, trained, name):
-    take_out(trained / "ckpt_00000004.pt", name)
+    replace(trained / "ckpt_00000004.pt", without=name)
     assert f"{name} is missing" in call([*command, "--resume", "--max_steps=5"], code=2).stderr
 
 
 def test_a_checkpoint_without_a_name_at_wandb_is_resumed(command, trained):
-    assert take_out(trained / "ckpt_00000004.pt", "wandb_id") is None
+    replace(trained / "ckpt_00000004.pt", without="wandb_id")
     assert "resuming at step 4" in call([*command, "--resume", "--max_steps=5"]).stdout
 
 
