@@ -1,4 +1,5 @@
-"""Answers to easy questions (pretrained/chat.jsonl), by adapters beside pretrained/simple: minutes on a CPU."""
+"""Answers to easy questions, by adapters beside pretrained/simple: minutes on a CPU. Its data is made by
+python prepare_fineweb.py --source=pretrained/chat.jsonl --tokenizer=pretrained/simple --out=data/chat"""
 dataset = "chat"
 out_dir = "out/chat"
 init_from = "pretrained/simple"
